@@ -1,0 +1,523 @@
+"""The HTTP API: the routes, and the app in which everything is wired.
+
+Routes translate between HTTP and the use cases; they hold no SQL. Every error
+is JSON with a `detail`, and none repeats what the client sent.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import OAuth2PasswordRequestForm
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.exceptions import HTTPException
+
+from orders import auth
+from orders.auth import current_user
+from orders.cache import (
+    READ_TIMEOUT,
+    WRITE_TIMEOUT,
+    RedisLink,
+    connect_cache,
+)
+from orders.db import Database
+from orders.events import (
+    CacheSink,
+    DueEvent,
+    Relay,
+    connect_publisher,
+)
+from orders.logs import configure_logging, request_id
+from orders.middleware import (
+    RateLimiter,
+    RateLimitMiddleware,
+    RequestIdMiddleware,
+)
+from orders.models import (
+    Event,
+    EventPublic,
+    Health,
+    OrderCreate,
+    OrderPublic,
+    OrdersError,
+    OrderStatus,
+    OrderView,
+    Problem,
+    Readiness,
+    StatusChange,
+    Token,
+    UserCreate,
+    UserPublic,
+)
+from orders.service import OrderService, process_order
+from orders.settings import Settings, load_settings
+
+MAX_BODY = 64 * 1024  # bytes
+READY_TIMEOUT = 1  # seconds that /ready waits for a dependency
+RETRY_AFTER = 2  # seconds that a client should wait out an outage
+
+logger = logging.getLogger(__name__)
+
+
+# --- What OpenAPI says of the answers ---------------------------------------
+
+DESCRIPTIONS = {
+    400: "The body is not readable",
+    401: "No valid token",
+    403: "Another user's",
+    404: "No such order, or another user's",
+    409: "Not possible in the present state",
+    412: "The order is no longer in the status that If-Match names",
+    413: f"The body is larger than {MAX_BODY // 1024} KiB",
+    429: "Over the rate limit",
+    503: "The database is away",
+}
+
+
+def _text(description: str) -> dict[str, Any]:
+    """Return OpenAPI's description of a text header."""
+    return {"description": description, "schema": {"type": "string"}}
+
+
+RETRY_HEADERS = {"Retry-After": _text("Seconds to wait before the next try")}
+HEADERS = {
+    401: {"WWW-Authenticate": _text("Bearer")},
+    429: RETRY_HEADERS,
+    503: RETRY_HEADERS,
+}
+ETAG = {"ETag": _text("The order's status, quoted: it is its version")}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's entries for the error answers of a route."""
+    return {
+        status: {
+            "model": Problem,
+            "description": DESCRIPTIONS[status],
+            "headers": HEADERS.get(status, {}),
+        }
+        for status in (*statuses, 429, 503)
+    }
+
+
+# --- Routes -----------------------------------------------------------------
+
+
+def _service(request: Request) -> OrderService:
+    return request.app.state.service
+
+
+CurrentUser = Annotated[int, Depends(current_user)]
+ServiceDep = Annotated[OrderService, Depends(_service)]
+IfMatch = Annotated[
+    str | None, Header(description="Change only an order with this ETag")
+]
+IfNoneMatch = Annotated[
+    str | None, Header(description="Answer 304 to an order with this ETag")
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Repeat a create with the same key, and it is made once",
+    ),
+]
+
+users = APIRouter(tags=["users"])
+orders = APIRouter(prefix="/orders", tags=["orders"])
+service = APIRouter(tags=["service"])
+
+
+@users.post("/register/", status_code=201, responses=problems(400, 409, 413))
+async def register(draft: UserCreate, request: Request) -> UserPublic:
+    """Register a user."""
+    return await auth.register(request.app.state.database, draft)
+
+
+@users.post("/token/", responses=problems(400, 401, 413))
+async def login(
+    form: Annotated[OAuth2PasswordRequestForm, Depends()], request: Request
+) -> Token:
+    """Log in with the OAuth2 password flow; the username is the e-mail."""
+    state = request.app.state
+    user_id = await auth.authenticate(
+        state.database, form.username, form.password
+    )
+    return auth.issue_token(state.settings, user_id)
+
+
+@orders.post(
+    "/",
+    status_code=201,
+    response_model=OrderPublic,
+    responses={
+        201: {
+            "headers": {
+                "Location": _text("The order's address"),
+                "Idempotency-Replayed": _text("true, if it was made before"),
+                **ETAG,
+            }
+        },
+        **problems(400, 401, 413),
+    },
+)
+async def create_order(
+    draft: OrderCreate,
+    user_id: CurrentUser,
+    service: ServiceDep,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Create an order; it is processed about two seconds later."""
+    view, replayed = await service.create(user_id, draft, key=idempotency_key)
+    order_id = json.loads(view.body)["id"]
+    headers = {"Location": f"/orders/{order_id}"}
+    if replayed:
+        headers["Idempotency-Replayed"] = "true"
+    return _answer(view, 201, headers)
+
+
+@orders.get(
+    "/{order_id}",
+    response_model=OrderPublic,
+    responses={
+        200: {"headers": {"X-Cache": _text("hit or miss"), **ETAG}},
+        304: {"description": "The order is as the client knows it"},
+        **problems(401, 404),
+    },
+)
+async def get_order(
+    order_id: UUID,
+    user_id: CurrentUser,
+    service: ServiceDep,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """Read an order, from the cache when it can."""
+    view, hit = await service.get(user_id, order_id)
+    headers = {"X-Cache": "hit" if hit else "miss"}
+    known = _statuses(if_none_match)
+    if known is not None and view.status in known:
+        return Response(status_code=304, headers=headers | _etag(view))
+    return _answer(view, 200, headers)
+
+
+@orders.patch(
+    "/{order_id}",
+    response_model=OrderPublic,
+    responses={
+        200: {"headers": ETAG},
+        **problems(400, 401, 404, 409, 412, 413),
+    },
+)
+async def change_order_status(
+    order_id: UUID,
+    change: StatusChange,
+    user_id: CurrentUser,
+    service: ServiceDep,
+    if_match: IfMatch = None,
+) -> Response:
+    """Move an order on to its next status."""
+    view = await service.change_status(
+        user_id, order_id, change.status, expected=_statuses(if_match)
+    )
+    return _answer(view)
+
+
+@orders.get(
+    "/user/{of_user}",
+    response_model=list[OrderPublic],
+    responses={
+        200: {"headers": {"Link": _text('The next page, as rel="next"')}},
+        **problems(401, 403),
+    },
+)
+async def list_orders(
+    of_user: int,
+    user_id: CurrentUser,
+    request: Request,
+    service: ServiceDep,
+    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    cursor: Annotated[
+        str | None, Query(max_length=200, description="From a Link header")
+    ] = None,
+    status: OrderStatus | None = None,
+) -> Response:
+    """List your own orders, newest first."""
+    page = await service.list_page(
+        user_id, of_user, limit=limit, cursor=cursor, status=status
+    )
+    headers = {}
+    if page.next_cursor:
+        url = request.url.include_query_params(cursor=page.next_cursor)
+        headers["Link"] = f'<{url}>; rel="next"'
+    body = b"[" + b",".join(view.body for view in page.orders) + b"]"
+    return Response(body, media_type="application/json", headers=headers)
+
+
+@orders.get(
+    "/{order_id}/events",
+    response_model=list[EventPublic],
+    responses=problems(401, 404),
+)
+async def list_order_events(
+    order_id: UUID, user_id: CurrentUser, service: ServiceDep
+) -> list[Event]:
+    """List what happened to an order, oldest first."""
+    return await service.history(user_id, order_id)
+
+
+@service.get("/health")
+async def get_health() -> Health:
+    """Answer while the process lives; no dependency is asked."""
+    return Health()
+
+
+@service.get("/ready", responses={503: {"model": Readiness}})
+async def get_readiness(request: Request, response: Response) -> Readiness:
+    """Say what the service can do now; 503 without its database."""
+    state = request.app.state
+    database, cache, broker = await asyncio.gather(
+        _answers(state.database.ping()),
+        _answers(state.cache.ping()),
+        _answers(state.publisher.ping()),
+    )
+    if not database:
+        response.status_code = 503
+    overall = "ok" if cache and broker else "degraded"
+    return Readiness(
+        status=overall if database else "unavailable",
+        database=_condition(database),
+        cache=_condition(cache, embedded=not state.settings.redis_url),
+        broker=_condition(broker, embedded=not state.settings.rabbitmq_url),
+    )
+
+
+def _answer(
+    view: OrderView, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    """Return an order's bytes as they are."""
+    return Response(
+        view.body,
+        status,
+        (headers or {}) | _etag(view),
+        media_type="application/json",
+    )
+
+
+def _etag(view: OrderView) -> dict[str, str]:
+    return {"ETag": f'"{view.status}"'}
+
+
+def _statuses(header: str | None) -> set[str] | None:
+    """Return the statuses that an (If-Match) header names; RFC 9110, 13.1."""
+    if header is None:
+        return None
+    if header.strip() == "*":
+        return set(OrderStatus)
+    tags = (tag.strip().removeprefix("W/") for tag in header.split(","))
+    return {tag.strip('"') for tag in tags}
+
+
+async def _answers(ping: Any) -> bool:
+    """Return whether a dependency answers its ping in time."""
+    task = asyncio.ensure_future(ping)
+    # Not wait_for: to cancel a query of a hung database takes its time too.
+    done, _ = await asyncio.wait({task}, timeout=READY_TIMEOUT)
+    if not done:
+        task.cancel()
+        task.add_done_callback(lambda ended: ended.cancelled())
+        return False
+    return task.exception() is None and task.result() is not False
+
+
+def _condition(answers: bool, *, embedded: bool = False) -> str:
+    if embedded:
+        return "embedded"
+    return "ok" if answers else "unavailable"
+
+
+# --- Errors -----------------------------------------------------------------
+
+HINTS = {
+    400: "The body could not be read: send valid JSON, or a valid form",
+    404: "No such address: see /docs",
+    405: "This address does not take this method: see /docs",
+    413: f"The body is too large: send at most {MAX_BODY // 1024} KiB",
+}
+
+
+def _problem(status: int, detail: object, headers: Any = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers)
+
+
+async def refuse(_: Request, error: OrdersError) -> Response:
+    """Render a refusal of ours."""
+    return _problem(error.status_code, error.detail, error.headers)
+
+
+async def refuse_http(_: Request, error: HTTPException) -> Response:
+    """Render a refusal of the framework's, with a detail that helps."""
+    detail = HINTS.get(error.status_code, error.detail)
+    return _problem(error.status_code, detail, error.headers)
+
+
+async def refuse_invalid(
+    _: Request, error: RequestValidationError
+) -> Response:
+    """Say what is wrong where, without repeating what was sent.
+
+    The input may be a password, or text that no answer can hold; keys of the
+    client's own are made ASCII for that.
+    """
+    detail = [
+        {
+            "type": item["type"],
+            "loc": [
+                part if isinstance(part, int) else ascii(part)[1:-1]
+                for part in item["loc"]
+            ],
+            "msg": ascii(item["msg"])[1:-1],
+        }
+        for item in error.errors()
+    ]
+    return _problem(422, detail)
+
+
+async def refuse_unavailable(request: Request, error: Exception) -> Response:
+    """Ask the client to come back when the database does."""
+    request.app.state.database.report_away(error)
+    return _problem(
+        503,
+        f"The database is away: try again in {RETRY_AFTER} seconds",
+        {"Retry-After": str(RETRY_AFTER)},
+    )
+
+
+async def fail(_: Request, error: Exception) -> Response:
+    """Answer a fault of ours; the server logs it with its traceback."""
+    return _problem(500, "The service failed: it was logged, please report it")
+
+
+# --- The app ----------------------------------------------------------------
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Wire the parts together, run the relays, and take all down again."""
+    configure_logging()
+    settings: Settings = app.state.settings
+    async with AsyncExitStack() as stack:
+        database = Database(settings.database_url)
+        stack.push_async_callback(database.close)
+        reads = writes = None
+        if settings.redis_url:
+            reads = RedisLink(settings.redis_url, timeout=READ_TIMEOUT)
+            writes = RedisLink(settings.redis_url, timeout=WRITE_TIMEOUT)
+            stack.push_async_callback(reads.close)
+            stack.push_async_callback(writes.close)
+        cache = connect_cache(reads, writes)
+        publisher = connect_publisher(
+            settings.rabbitmq_url, _processor(database)
+        )
+        relays = {
+            sink.kind: Relay(database, sink)
+            for sink in (publisher, CacheSink(database, cache))
+        }
+        app.state.database = database
+        app.state.cache = cache
+        app.state.publisher = publisher
+        app.state.limiter = RateLimiter(settings.rate_limit, reads)
+        app.state.service = OrderService(
+            database, cache, {kind: r.wake for kind, r in relays.items()}
+        )
+        await stack.enter_async_context(
+            _running(publisher.run(), *(r.run() for r in relays.values()))
+        )
+        yield
+
+
+@asynccontextmanager
+async def _running(*loops: Any) -> AsyncIterator[None]:
+    """Run the loops in the background, and cancel them at the end."""
+    tasks = [asyncio.create_task(loop) for loop in loops]
+    for task in tasks:
+        task.add_done_callback(_report_death)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def _report_death(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.critical("A relay died", exc_info=task.exception())
+
+
+def _processor(database: Database) -> Any:
+    """Return what the embedded mode does in a worker's place."""
+
+    async def process(event: DueEvent) -> None:
+        request_id.set(event.payload.get("request_id", "-"))
+        async with database.session() as session:
+            await session.run_sync(process_order, event.id)
+
+    return process
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the app for these settings; nothing connects before it runs."""
+    app = FastAPI(
+        title="Orders",
+        summary="Take, keep and process orders.",
+        version="0.1.0",
+        lifespan=lifespan,
+        max_body_size=MAX_BODY,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.settings = settings
+    for router in (users, orders, service):
+        app.include_router(router)
+    for error, handler in {
+        OrdersError: refuse,
+        HTTPException: refuse_http,
+        RequestValidationError: refuse_invalid,
+        InterfaceError: refuse_unavailable,
+        OperationalError: refuse_unavailable,
+        PoolTimeoutError: refuse_unavailable,
+        Exception: fail,
+    }.items():
+        app.add_exception_handler(error, handler)
+    # The last one added is the first to see a call.
+    app.add_middleware(RateLimitMiddleware)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST", "PATCH"],
+        allow_headers=["*"],
+        expose_headers=[
+            "ETag",
+            "Idempotency-Replayed",
+            "Link",
+            "Location",
+            "Retry-After",
+            "X-Cache",
+            "X-Request-ID",
+        ],
+    )
+    app.add_middleware(RequestIdMiddleware)
+    return app
+
+
+app = create_app(load_settings())

@@ -1,0 +1,55 @@
+"""Log one readable line an event, the same in every process and mode.
+
+The API, the worker, uvicorn and Celery all write
+`time level logger [request id] message` to standard output. The request id
+follows a request through the process, and its order's event into the worker.
+"""
+
+import logging.config
+from contextvars import ContextVar
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+# Their lines would repeat ours, or come once a reconnect.
+QUIET = ("celery.worker.strategy", "celery.app.trace", "pika", "alembic")
+
+
+class _RequestIdFilter(logging.Filter):
+    """Give every record the id of the request it was logged for."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = request_id.get()
+        return True
+
+
+CONFIG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "line": {
+            "format": "%(asctime)s %(levelname)-7s %(name)s"
+            " [%(request_id)s] %(message)s"
+        }
+    },
+    "filters": {"request_id": {"()": _RequestIdFilter}},
+    "handlers": {
+        "stdout": {
+            "class": "logging.StreamHandler",
+            "stream": "ext://sys.stdout",
+            "formatter": "line",
+            "filters": ["request_id"],
+        }
+    },
+    "root": {"level": "INFO", "handlers": ["stdout"]},
+    "loggers": {
+        # uvicorn's own handlers go, so its lines reach ours.
+        "uvicorn": {"handlers": [], "level": "INFO", "propagate": True},
+        "uvicorn.access": {"handlers": [], "propagate": True},
+        **{name: {"level": "CRITICAL"} for name in QUIET},
+    },
+}
+
+
+def configure_logging() -> None:
+    """Send every logger's lines to standard output in the one format."""
+    logging.config.dictConfig(CONFIG)

@@ -1,0 +1,134 @@
+"""Wrap every call: give it an id, and hold each client to its budget.
+
+The rate limit is one budget over the whole API, counted for refused calls
+too, shared by all processes through Redis; while Redis is away each process
+counts in its own memory. The limits' syntax, the client's key and the memory
+counter are slowapi's, the shared counter is that of the library beneath it.
+"""
+
+import math
+import re
+import time
+import uuid
+from contextlib import suppress
+from typing import NamedTuple
+
+from limits import RateLimitItem, parse_many
+from limits.aio.storage import RedisStorage
+from limits.aio.strategies import FixedWindowRateLimiter
+from redis.asyncio import Redis
+from slowapi import Limiter
+from slowapi.util import get_remote_address
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from orders.cache import CacheAway, RedisLink
+from orders.logs import request_id
+
+UNLIMITED = {"/health", "/ready", "/docs", "/redoc", "/openapi.json"}
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class RequestIdMiddleware:
+    """Take the request's id from its header or make one, and answer it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap `app`."""
+        self.app = app
+
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Handle a call with its id in the context, for the log."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(name)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-ID"] = name
+            await send(message)
+
+        return await self.app(scope, receive, send_with_id)
+
+
+class Excess(NamedTuple):
+    """The limit that a call exceeds, and when to try again."""
+
+    limit: RateLimitItem
+    retry_after: int  # seconds
+
+
+class RateLimiter:
+    """Count the calls of each client."""
+
+    def __init__(self, limits: str, redis: RedisLink | None) -> None:
+        """Take limits such as `5/minute`, and Redis where there is one."""
+        self._limits = parse_many(limits) if limits else []
+        self._redis = redis
+        self._local = Limiter(key_func=get_remote_address).limiter
+        self._shared = redis and FixedWindowRateLimiter(
+            RedisStorage(
+                "async+redis://",
+                implementation="redispy",
+                connection_pool=redis.pool,
+            )
+        )
+
+    async def exceeded(self, request: Request) -> Excess | None:
+        """Count a call; return what it exceeds, if anything."""
+        client = get_remote_address(request)
+        for limit in self._limits:
+            if (retry_at := await self._hit(limit, client)) is not None:
+                return Excess(limit, max(1, math.ceil(retry_at - time.time())))
+        return None
+
+    async def _hit(self, limit: RateLimitItem, client: str) -> float | None:
+        """Count a call; return the end of the window if it is one too many."""
+
+        async def hit_shared(_: Redis) -> float | None:
+            if await self._shared.hit(limit, client):
+                return None
+            return (await self._shared.get_window_stats(limit, client))[0]
+
+        if self._redis is not None:
+            with suppress(CacheAway):
+                return await self._redis.call(hit_shared)
+        if self._local.hit(limit, client):
+            return None
+        return self._local.get_window_stats(limit, client)[0]
+
+
+class RateLimitMiddleware:
+    """Answer 429 to a client that is over its budget."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap `app`."""
+        self.app = app
+
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Count the call, then let it through or refuse it."""
+        if scope["type"] == "http" and scope["path"] not in UNLIMITED:
+            limiter: RateLimiter = scope["app"].state.limiter
+            excess = await limiter.exceeded(Request(scope))
+            if excess is not None:
+                refusal = _refusal(excess)
+                return await refusal(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def _refusal(excess: Excess) -> JSONResponse:
+    return JSONResponse(
+        {
+            "detail": f"More than {excess.limit}:"
+            f" try again in {excess.retry_after} seconds"
+        },
+        status_code=429,
+        headers={"Retry-After": str(excess.retry_after)},
+    )
