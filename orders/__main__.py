@@ -28,7 +28,7 @@ SHUTDOWN_TIMEOUT = 5  # seconds that calls in progress get to finish
 
 def main() -> None:
     """Set up what is missing, migrate, and serve until interrupted."""
-    if "JWT_SECRET_KEY" not in read_environment():
+    if not read_environment().get("JWT_SECRET_KEY"):
         write_env_file()
     settings = load_settings()
     configure_logging()

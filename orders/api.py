@@ -38,8 +38,8 @@ from orders.events import (
 )
 from orders.logs import configure_logging, request_id
 from orders.middleware import (
+    LimitsMiddleware,
     RateLimiter,
-    RateLimitMiddleware,
     RequestIdMiddleware,
 )
 from orders.models import (
@@ -134,8 +134,8 @@ IdempotencyKey = Annotated[
     ),
 ]
 
-users = APIRouter(tags=["users"])
-orders = APIRouter(prefix="/orders", tags=["orders"])
+users = APIRouter(tags=["users"], max_body_size=MAX_BODY)
+orders = APIRouter(prefix="/orders", tags=["orders"], max_body_size=MAX_BODY)
 service = APIRouter(tags=["service"])
 
 
@@ -352,7 +352,7 @@ HINTS = {
     400: "The body could not be read: send valid JSON, or a valid form",
     404: "No such address: see /docs",
     405: "This address does not take this method: see /docs",
-    413: f"The body is too large: send at most {MAX_BODY // 1024} KiB",
+    413: f"The body is too large: send at most {MAX_BODY} bytes",
 }
 
 
@@ -409,6 +409,16 @@ async def fail(_: Request, error: Exception) -> Response:
 
 
 # --- The app ----------------------------------------------------------------
+
+EXPOSED_HEADERS = (
+    "ETag",
+    "Idempotency-Replayed",
+    "Link",
+    "Location",
+    "Retry-After",
+    "X-Cache",
+    "X-Request-ID",
+)  # what a browser shows to a page of another origin
 
 
 @asynccontextmanager
@@ -483,7 +493,6 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Take, keep and process orders.",
         version="0.1.0",
         lifespan=lifespan,
-        max_body_size=MAX_BODY,
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.settings = settings
@@ -500,21 +509,13 @@ def create_app(settings: Settings) -> FastAPI:
     }.items():
         app.add_exception_handler(error, handler)
     # The last one added is the first to see a call.
-    app.add_middleware(RateLimitMiddleware)
+    app.add_middleware(LimitsMiddleware, max_body=MAX_BODY)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST", "PATCH"],
         allow_headers=["*"],
-        expose_headers=[
-            "ETag",
-            "Idempotency-Replayed",
-            "Link",
-            "Location",
-            "Retry-After",
-            "X-Cache",
-            "X-Request-ID",
-        ],
+        expose_headers=EXPOSED_HEADERS,
     )
     app.add_middleware(RequestIdMiddleware)
     return app

@@ -53,6 +53,7 @@ CONFIRM_TIMEOUT = 10  # seconds
 HEARTBEAT = 10  # seconds
 MAX_BACKOFF = 2.0  # seconds between two tries to connect
 PING_TIMEOUT = 1  # seconds
+CLOSE_TIMEOUT = 1  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -272,28 +273,38 @@ class RabbitPublisher:
         """Connect, and again whenever the connection is lost."""
         tries = 0
         while True:
-            self._closed = asyncio.Future()
-            connection = AsyncioConnection(
-                self._parameters,
-                on_open_error_callback=lambda _, reason: self._lose(reason),
-                on_close_callback=lambda _, reason: self._lose(reason),
-            )
             try:
-                await self._set_up(connection)
-                logger.info("RabbitMQ is connected")
-                tries = 0
-                reason = await self._closed
+                reason = await self._use_connection()
+                tries = 0  # it was up for a while
             except (AMQPError, TimeoutError, OSError) as error:
                 reason = error
-            finally:
-                self._lose("stopped")
-                if connection.is_open:
-                    connection.close()
             if tries == 0:
                 logger.warning("RabbitMQ is away: %r", reason)
             tries += 1
             backoff = min(MAX_BACKOFF, 0.1 * 2**tries)
             await asyncio.sleep(backoff * random.uniform(0.5, 1))
+
+    async def _use_connection(self) -> object:
+        """Connect, be usable until the connection is lost; return why."""
+        self._closed = asyncio.Future()
+        gone = asyncio.Event()
+
+        def on_gone(_: object, reason: object) -> None:
+            self._lose(reason)
+            gone.set()
+
+        connection = AsyncioConnection(
+            self._parameters,
+            on_open_error_callback=on_gone,
+            on_close_callback=on_gone,
+        )
+        try:
+            await self._set_up(connection)
+            logger.info("RabbitMQ is connected")
+            return await self._closed
+        finally:
+            self._lose("stopped")
+            await _close(connection, gone)
 
     async def ready(self) -> None:
         """Wait until there is a channel and the broker takes messages."""
@@ -373,7 +384,11 @@ class RabbitPublisher:
             return_when=asyncio.FIRST_COMPLETED,
         )
         if not reply.done():
-            raise TimeoutError(str(self._closed))
+            raise TimeoutError(
+                repr(self._closed.result())
+                if self._closed.done()
+                else "no answer"
+            )
         return reply.result()
 
     def _lose(self, reason: object) -> None:
@@ -410,6 +425,14 @@ class RabbitPublisher:
         if not self._unconfirmed and self._batch and not self._batch.done():
             self._batch.set_result(None)
         return None
+
+
+async def _close(connection: AsyncioConnection, gone: asyncio.Event) -> None:
+    """Close a connection; a hung one is left to its heartbeat."""
+    if not (connection.is_closing or connection.is_closed):
+        connection.close()
+    with suppress(TimeoutError):
+        await asyncio.wait_for(gone.wait(), CLOSE_TIMEOUT)
 
 
 def celery_message(event: DueEvent) -> tuple[BasicProperties, bytes]:

@@ -10,8 +10,15 @@ from contextvars import ContextVar
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
-# Their lines would repeat ours, or come once a reconnect.
-QUIET = ("celery.worker.strategy", "celery.app.trace", "pika", "alembic")
+# Their lines would repeat ours, come once a reconnect, or warn of a feature of
+# Celery's that is not used here.
+QUIET = (
+    "alembic",
+    "celery.app.trace",
+    "celery.worker.strategy",
+    "kombu.transport.native_delayed_delivery",
+    "pika",
+)
 
 
 class _RequestIdFilter(logging.Filter):
@@ -45,7 +52,7 @@ CONFIG = {
         # uvicorn's own handlers go, so its lines reach ours.
         "uvicorn": {"handlers": [], "level": "INFO", "propagate": True},
         "uvicorn.access": {"handlers": [], "propagate": True},
-        **{name: {"level": "CRITICAL"} for name in QUIET},
+        **{name: {"level": "ERROR"} for name in QUIET},
     },
 }
 

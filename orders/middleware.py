@@ -103,27 +103,34 @@ class RateLimiter:
         return self._local.get_window_stats(limit, client)[0]
 
 
-class RateLimitMiddleware:
-    """Answer 429 to a client that is over its budget."""
+class LimitsMiddleware:
+    """Refuse a client that is over its budget, and a body that is too large.
 
-    def __init__(self, app: ASGIApp) -> None:
-        """Wrap `app`."""
+    A body of unknown size passes here; the routes count it as it comes.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body: int) -> None:
+        """Wrap `app`; a body may have `max_body` bytes."""
         self.app = app
+        self.max_body = max_body
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Count the call, then let it through or refuse it."""
         if scope["type"] == "http" and scope["path"] not in UNLIMITED:
+            request = Request(scope)
             limiter: RateLimiter = scope["app"].state.limiter
-            excess = await limiter.exceeded(Request(scope))
+            excess = await limiter.exceeded(request)
             if excess is not None:
-                refusal = _refusal(excess)
-                return await refusal(scope, receive, send)
+                return await _too_many(excess)(scope, receive, send)
+            size = request.headers.get("content-length", "")
+            if size.isdecimal() and int(size) > self.max_body:
+                return await _too_large(self.max_body)(scope, receive, send)
         return await self.app(scope, receive, send)
 
 
-def _refusal(excess: Excess) -> JSONResponse:
+def _too_many(excess: Excess) -> JSONResponse:
     return JSONResponse(
         {
             "detail": f"More than {excess.limit}:"
@@ -131,4 +138,11 @@ def _refusal(excess: Excess) -> JSONResponse:
         },
         status_code=429,
         headers={"Retry-After": str(excess.retry_after)},
+    )
+
+
+def _too_large(limit: int) -> JSONResponse:
+    return JSONResponse(
+        {"detail": f"The body is too large: send at most {limit} bytes"},
+        status_code=413,
     )

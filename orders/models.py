@@ -230,10 +230,11 @@ class UserCreate(UserBase):
     )
 
 
-class UserPublic(UserBase):
+class UserPublic(SQLModel):
     """A user as the API shows it."""
 
     id: int
+    email: str
 
 
 class Token(SQLModel):
@@ -297,7 +298,7 @@ class OrderCreate(SQLModel):
 
     @property
     def total(self) -> float:
-        """The sum of quantity times price, exact to the cent.
+        """Return the sum of quantity times price, exact to the cent.
 
         The bounds keep it under 10¹⁴ cents, which a double holds exactly.
         """

@@ -143,8 +143,7 @@ class OrderService:
     ) -> OrderView:
         """Move the caller's order on; `expected` is what `If-Match` allows.
 
-        One conditional UPDATE decides, so that of two racing changes only
-        one can win.
+        One conditional UPDATE decides: of two racing changes only one wins.
         """
         sources = {old for old, after in TRANSITIONS.items() if new in after}
         if expected is not None:
@@ -162,9 +161,8 @@ class OrderService:
         async with self._database.engine.begin() as connection:
             row = (await connection.execute(change)).first()
             if row is not None:
-                await connection.execute(
-                    insert(Event), _event(order_id, new).model_dump()
-                )
+                event = _event(order_id, new).model_dump()
+                await connection.execute(insert(Event), event)
                 # While the row is locked: a crash after the commit must not
                 # leave the old bytes readable.
                 await self._cache.invalidate(order_id)

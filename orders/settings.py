@@ -45,7 +45,12 @@ class Settings:
 def read_environment() -> dict[str, str]:
     """Return what `.env` says, overruled by the real environment."""
     from_file = {k: v or "" for k, v in dotenv_values(ENV_FILE).items()}
-    return {**from_file, **os.environ}
+    real = {
+        name: value
+        for name, value in os.environ.items()
+        if value or name in MEANINGFUL_WHEN_EMPTY
+    }
+    return {**from_file, **real}
 
 
 def parse_settings(environ: Mapping[str, str]) -> Settings:

@@ -1,0 +1,215 @@
+"""Fixtures: the API in both modes, on real servers, and a user to drive it.
+
+`embedded` needs nothing. `production` runs on private PostgreSQL, Redis and
+RabbitMQ, started once a session; it is skipped where they are not installed.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx2
+import psycopg
+import pytest
+import redis
+from alembic import command
+from alembic.config import Config
+
+os.environ["JWT_SECRET_KEY"] = "0123456789abcdef" * 4
+for name in ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL", "RATE_LIMIT"):
+    os.environ.pop(name, None)
+
+import servers
+from fastapi.testclient import TestClient
+
+from orders.__main__ import ALEMBIC_INI
+from orders.api import create_app
+from orders.settings import Settings
+
+PASSWORD = "correct horse battery"
+ITEMS = [{"name": "tea", "quantity": 3, "price": 0.1}]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The URLs of the private servers of a session."""
+
+    postgres: servers.Server
+    redis: servers.Server
+    rabbitmq: servers.Server
+
+    @property
+    def redis_url(self) -> str:
+        """Return where Redis is."""
+        return f"redis://127.0.0.1:{self.redis.port}/0"
+
+    @property
+    def rabbitmq_url(self) -> str:
+        """Return where RabbitMQ is."""
+        return f"amqp://guest:guest@127.0.0.1:{self.rabbitmq.port}/"
+
+    def database_url(self, name: str) -> str:
+        """Return where one of the databases is."""
+        return f"postgresql://postgres@127.0.0.1:{self.postgres.port}/{name}"
+
+    def execute(self, statement: str) -> None:
+        """Run a statement outside any transaction."""
+        url = self.database_url("postgres")
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(statement)
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Run private servers, with a migrated template database."""
+    if lacking := servers.missing():
+        pytest.skip(f"apt-get install {' '.join(lacking)} to run this")
+    folder = tmp_path_factory.mktemp("stack")
+    with (
+        servers.running(servers.postgres(folder)) as postgres,
+        servers.running(servers.redis(folder)) as redis_server,
+        servers.running(servers.rabbitmq(folder)) as rabbitmq,
+    ):
+        stack = Stack(postgres, redis_server, rabbitmq)
+        stack.execute("CREATE DATABASE template")
+        migrate(stack.database_url("template"))
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def databases() -> Iterator[int]:
+    """Count, to name databases."""
+    return iter(range(1_000_000))
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Settings:
+    """Return settings of an empty machine, the rate limit off."""
+    url = f"sqlite:///{tmp_path}/orders.db"
+    migrate(url)
+    secret = os.environ["JWT_SECRET_KEY"]
+    return Settings(jwt_secret_key=secret, database_url=url, rate_limit="")
+
+
+@pytest.fixture
+def production(
+    stack: Stack, embedded: Settings, databases: Iterator[int]
+) -> Settings:
+    """Return settings of the real stack, on an empty database of its own."""
+    name = f"test{next(databases)}"
+    stack.execute(f"CREATE DATABASE {name} TEMPLATE template")
+    with redis.Redis(port=stack.redis.port) as client:
+        client.flushall()
+    return replace(
+        embedded,
+        database_url=stack.database_url(name),
+        redis_url=stack.redis_url,
+        rabbitmq_url=stack.rabbitmq_url,
+    )
+
+
+@pytest.fixture(params=["embedded", "production"])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Return settings of either mode: the test runs in both."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def http() -> Iterator[Callable[[servers.Server], httpx2.Client]]:
+    """Return what makes an HTTP client for a process of ours."""
+    with contextlib.ExitStack() as stack:
+        yield lambda server: stack.enter_context(
+            httpx2.Client(
+                base_url=f"http://127.0.0.1:{server.port}", timeout=10
+            )
+        )
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    """Drive the app in this process, without a token."""
+    with TestClient(create_app(settings)) as client:
+        yield client
+
+
+@pytest.fixture
+def ada(client: TestClient) -> "User":
+    """Return a registered user."""
+    return User(client, "ada@example.com")
+
+
+@pytest.fixture
+def bob(client: TestClient) -> "User":
+    """Return another registered user."""
+    return User(client, "bob@example.com")
+
+
+class User:
+    """A user who is registered and logged in, over any HTTP client."""
+
+    def __init__(self, client: httpx2.Client, email: str) -> None:
+        """Register, and log in."""
+        self.client = client
+        account = {"email": email, "password": PASSWORD}
+        registered = client.post("/register/", json=account)
+        assert registered.status_code == 201, registered.text
+        self.id = registered.json()["id"]
+        form = {"username": email, "password": PASSWORD}
+        token = client.post("/token/", data=form).json()["access_token"]
+        self.headers = {"Authorization": f"Bearer {token}"}
+
+    def call(
+        self, method: str, path: str, **options: object
+    ) -> httpx2.Response:
+        """Make a call with the user's token."""
+        headers = {**self.headers, **options.pop("headers", {})}
+        return self.client.request(method, path, headers=headers, **options)
+
+    def create(self, items: object = None, **options: object):
+        """Create an order and return the answer."""
+        body = {"items": ITEMS if items is None else items}
+        return self.call("POST", "/orders/", json=body, **options)
+
+    def order(self) -> str:
+        """Create an order and return its id."""
+        created = self.create()
+        assert created.status_code == 201, created.text
+        return created.json()["id"]
+
+    def get(self, order_id: str, **options: object) -> httpx2.Response:
+        """Read an order."""
+        return self.call("GET", f"/orders/{order_id}", **options)
+
+    def change(
+        self, order_id: str, status: str, **options: object
+    ) -> httpx2.Response:
+        """Change an order's status."""
+        path, body = f"/orders/{order_id}", {"status": status}
+        return self.call("PATCH", path, json=body, **options)
+
+    def processed(self, order_id: str) -> bool:
+        """Return whether the order's creation was processed."""
+        events = self.call("GET", f"/orders/{order_id}/events").json()
+        return events[0]["processed_at"] is not None
+
+
+def migrate(database_url: str) -> None:
+    """Bring a database to the newest revision."""
+    os.environ["DATABASE_URL"] = database_url
+    try:
+        command.upgrade(Config(ALEMBIC_INI), "head")
+    finally:
+        del os.environ["DATABASE_URL"]
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Return the settings as environment variables, for a process."""
+    return {
+        "JWT_SECRET_KEY": settings.jwt_secret_key,
+        "DATABASE_URL": settings.database_url,
+        "REDIS_URL": settings.redis_url or "",
+        "RABBITMQ_URL": settings.rabbitmq_url or "",
+        "RATE_LIMIT": settings.rate_limit,
+    }

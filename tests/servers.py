@@ -1,0 +1,258 @@
+"""Start private servers and the service's own processes, on free ports.
+
+Each server runs from the machine's installed binaries, in a folder of its
+own, and ends with the test that asked for it. `missing` says what to install.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import psycopg
+
+START_TIMEOUT = 60  # seconds
+RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+PYTHON = Path(sys.executable).parent
+
+
+def postgres_binaries() -> Path | None:
+    """Return the folder of the newest PostgreSQL installed, if any."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if found:
+        return found[-1].parent
+    plain = shutil.which("initdb")
+    return Path(plain).parent if plain else None
+
+
+def missing() -> list[str]:
+    """Return the packages that the production tests lack here."""
+    return [
+        package
+        for package, there in {
+            "postgresql": postgres_binaries(),
+            "redis-server": shutil.which("redis-server"),
+            "rabbitmq-server": RABBITMQ.exists(),
+        }.items()
+        if not there
+    ]
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def wait_until(
+    condition: Callable[[], object], timeout: float = START_TIMEOUT
+) -> None:
+    """Return once the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {condition}"
+        time.sleep(0.05)
+
+
+class Server:
+    """A process with a port and a log, which can be killed and restarted."""
+
+    def __init__(
+        self,
+        command: list[object],
+        *,
+        port: int,
+        folder: Path,
+        env: dict[str, str] | None = None,
+        user: str | None = None,
+        ready: Callable[[], object] | None = None,
+    ) -> None:
+        """Remember how to start it."""
+        self.command = [str(part) for part in command]
+        self.port = port
+        self.folder = folder
+        self.log = folder / f"{Path(self.command[0]).name}-{port}.log"
+        self.env = {**os.environ, **(env or {})}
+        self.user = user
+        self.ready = ready or self.listens
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def listens(self) -> bool:
+        """Return whether somebody accepts connections on the port."""
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            return True
+        return False
+
+    def start(self) -> "Server":
+        """Start the process and wait until it is ready."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=self.env,
+                user=self.user,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self.ready():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+        return self
+
+    def text(self) -> str:
+        """Return what the process printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and its children."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End the process the hard way."""
+        self.signal(signal.SIGKILL)
+        assert self.process is not None
+        self.process.wait()
+
+    def stop(self, timeout: float = 20) -> int:
+        """End the process the polite way; return its exit status."""
+        assert self.process is not None
+        self.signal(signal.SIGCONT)
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout)
+        finally:
+            self.kill()
+
+
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Run a server for the time of the block."""
+    try:
+        yield server.start()
+    finally:
+        if server.process is not None:
+            server.kill()
+
+
+def postgres(folder: Path) -> Server:
+    """Return a private PostgreSQL, its data in `folder`."""
+    binaries = postgres_binaries()
+    assert binaries is not None
+    user = "postgres" if os.geteuid() == 0 else None
+    data, port = folder / "postgres", free_port()
+    data.mkdir()
+    if user:
+        for path in (folder, data):
+            shutil.chown(path, user)
+        for parent in folder.parents:  # pytest's own folders are private
+            if parent.name.startswith("pytest-"):
+                parent.chmod(0o755)
+    subprocess.run(
+        [binaries / "initdb", "-A", "trust", "-U", "postgres", "-D", data],
+        check=True,
+        capture_output=True,
+        user=user,
+        cwd=folder,
+    )
+
+    def ready() -> bool:
+        url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        with contextlib.suppress(psycopg.OperationalError):
+            psycopg.connect(url, connect_timeout=2).close()
+            return True
+        return False
+
+    return Server(
+        [
+            binaries / "postgres",
+            *("-D", data, "-p", port, "-k", data, "-h", "127.0.0.1"),
+            *("-c", "max_connections=200"),
+        ],
+        port=port,
+        folder=folder,
+        user=user,
+        ready=ready,
+    )
+
+
+def redis(folder: Path) -> Server:
+    """Return a private Redis that keeps nothing on disk."""
+    port = free_port()
+    return Server(
+        ["redis-server", "--port", port, "--save", "", "--appendonly", "no"],
+        port=port,
+        folder=folder,
+    )
+
+
+def rabbitmq(folder: Path) -> Server:
+    """Return a private RabbitMQ, its data in `folder`."""
+    port, name = free_port(), f"orders{free_port()}"
+    return Server(
+        [RABBITMQ],
+        port=port,
+        folder=folder,
+        env={
+            "HOME": str(folder),
+            # Not the machine's own configuration.
+            "RABBITMQ_CONF_ENV_FILE": str(folder / "none"),
+            "RABBITMQ_CONFIG_FILE": str(folder / "none"),
+            "RABBITMQ_NODENAME": f"{name}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(folder / "rabbitmq-log"),
+            "RABBITMQ_PID_FILE": str(folder / "rabbitmq.pid"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+        },
+    )
+
+
+def api(folder: Path, env: dict[str, str]) -> Server:
+    """Return `uvicorn orders.api:app` as a process."""
+    port = free_port()
+    return Server(
+        [PYTHON / "uvicorn", "orders.api:app", "--port", port],
+        port=port,
+        folder=folder,
+        env=env,
+        ready=lambda: answers(f"http://127.0.0.1:{port}/health"),
+    )
+
+
+def worker(folder: Path, env: dict[str, str]) -> Server:
+    """Return a Celery worker as a process."""
+    server = Server(
+        [
+            PYTHON / "celery",
+            *("-A", "orders.tasks", "worker", "--loglevel=info"),
+        ],
+        port=0,
+        folder=folder,
+        env={**env, "PYTHONWARNINGS": "ignore"},
+    )
+    # The newest start's own part of the log, from its banner on.
+    server.ready = lambda: "ready." in server.text().rsplit("[tasks]", 1)[-1]
+    return server
+
+
+def answers(url: str) -> bool:
+    """Return whether a GET is answered with success."""
+    with contextlib.suppress(httpx2.HTTPError):
+        return httpx2.get(url, timeout=2).is_success
+    return False
