@@ -13,13 +13,9 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from fastapi.security import OAuth2PasswordRequestForm
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from starlette.exceptions import HTTPException
 
 from orders import auth
 from orders.auth import current_user
@@ -33,11 +29,13 @@ from orders.db import Database
 from orders.events import (
     CacheSink,
     DueEvent,
+    LocalPublisher,
+    Publisher,
     Relay,
-    connect_publisher,
 )
 from orders.logs import configure_logging, request_id
 from orders.middleware import (
+    MAX_BODY,
     LimitsMiddleware,
     RateLimiter,
     RequestIdMiddleware,
@@ -48,65 +46,22 @@ from orders.models import (
     Health,
     OrderCreate,
     OrderPublic,
-    OrdersError,
     OrderStatus,
     OrderView,
-    Problem,
     Readiness,
     StatusChange,
     Token,
     UserCreate,
     UserPublic,
 )
+from orders.problems import HANDLERS, problems, text_header
+from orders.rabbitmq import RabbitPublisher
 from orders.service import OrderService, process_order
 from orders.settings import Settings, load_settings
 
-MAX_BODY = 64 * 1024  # bytes
 READY_TIMEOUT = 1  # seconds that /ready waits for a dependency
-RETRY_AFTER = 2  # seconds that a client should wait out an outage
 
 logger = logging.getLogger(__name__)
-
-
-# --- What OpenAPI says of the answers ---------------------------------------
-
-DESCRIPTIONS = {
-    400: "The body is not readable",
-    401: "No valid token",
-    403: "Another user's",
-    404: "No such order, or another user's",
-    409: "Not possible in the present state",
-    412: "The order is no longer in the status that If-Match names",
-    413: f"The body is larger than {MAX_BODY // 1024} KiB",
-    429: "Over the rate limit",
-    503: "The database is away",
-}
-
-
-def _text(description: str) -> dict[str, Any]:
-    """Return OpenAPI's description of a text header."""
-    return {"description": description, "schema": {"type": "string"}}
-
-
-RETRY_HEADERS = {"Retry-After": _text("Seconds to wait before the next try")}
-HEADERS = {
-    401: {"WWW-Authenticate": _text("Bearer")},
-    429: RETRY_HEADERS,
-    503: RETRY_HEADERS,
-}
-ETAG = {"ETag": _text("The order's status, quoted: it is its version")}
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's entries for the error answers of a route."""
-    return {
-        status: {
-            "model": Problem,
-            "description": DESCRIPTIONS[status],
-            "headers": HEADERS.get(status, {}),
-        }
-        for status in (*statuses, 429, 503)
-    }
 
 
 # --- Routes -----------------------------------------------------------------
@@ -133,6 +88,8 @@ IdempotencyKey = Annotated[
         description="Repeat a create with the same key, and it is made once",
     ),
 ]
+
+ETAG = {"ETag": text_header("The order's status, quoted: it is its version")}
 
 users = APIRouter(tags=["users"], max_body_size=MAX_BODY)
 orders = APIRouter(prefix="/orders", tags=["orders"], max_body_size=MAX_BODY)
@@ -164,8 +121,10 @@ async def login(
     responses={
         201: {
             "headers": {
-                "Location": _text("The order's address"),
-                "Idempotency-Replayed": _text("true, if it was made before"),
+                "Location": text_header("The order's address"),
+                "Idempotency-Replayed": text_header(
+                    "true, if it was made before"
+                ),
                 **ETAG,
             }
         },
@@ -191,7 +150,7 @@ async def create_order(
     "/{order_id}",
     response_model=OrderPublic,
     responses={
-        200: {"headers": {"X-Cache": _text("hit or miss"), **ETAG}},
+        200: {"headers": {"X-Cache": text_header("hit or miss"), **ETAG}},
         304: {"description": "The order is as the client knows it"},
         **problems(401, 404),
     },
@@ -237,7 +196,9 @@ async def change_order_status(
     "/user/{of_user}",
     response_model=list[OrderPublic],
     responses={
-        200: {"headers": {"Link": _text('The next page, as rel="next"')}},
+        200: {
+            "headers": {"Link": text_header('The next page, as rel="next"')}
+        },
         **problems(401, 403),
     },
 )
@@ -346,68 +307,6 @@ def _condition(answers: bool, *, embedded: bool = False) -> str:
     return "ok" if answers else "unavailable"
 
 
-# --- Errors -----------------------------------------------------------------
-
-HINTS = {
-    400: "The body could not be read: send valid JSON, or a valid form",
-    404: "No such address: see /docs",
-    405: "This address does not take this method: see /docs",
-    413: f"The body is too large: send at most {MAX_BODY} bytes",
-}
-
-
-def _problem(status: int, detail: object, headers: Any = None) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status, headers)
-
-
-async def refuse(_: Request, error: OrdersError) -> Response:
-    """Render a refusal of ours."""
-    return _problem(error.status_code, error.detail, error.headers)
-
-
-async def refuse_http(_: Request, error: HTTPException) -> Response:
-    """Render a refusal of the framework's, with a detail that helps."""
-    detail = HINTS.get(error.status_code, error.detail)
-    return _problem(error.status_code, detail, error.headers)
-
-
-async def refuse_invalid(
-    _: Request, error: RequestValidationError
-) -> Response:
-    """Say what is wrong where, without repeating what was sent.
-
-    The input may be a password, or text that no answer can hold; keys of the
-    client's own are made ASCII for that.
-    """
-    detail = [
-        {
-            "type": item["type"],
-            "loc": [
-                part if isinstance(part, int) else ascii(part)[1:-1]
-                for part in item["loc"]
-            ],
-            "msg": ascii(item["msg"])[1:-1],
-        }
-        for item in error.errors()
-    ]
-    return _problem(422, detail)
-
-
-async def refuse_unavailable(request: Request, error: Exception) -> Response:
-    """Ask the client to come back when the database does."""
-    request.app.state.database.report_away(error)
-    return _problem(
-        503,
-        f"The database is away: try again in {RETRY_AFTER} seconds",
-        {"Retry-After": str(RETRY_AFTER)},
-    )
-
-
-async def fail(_: Request, error: Exception) -> Response:
-    """Answer a fault of ours; the server logs it with its traceback."""
-    return _problem(500, "The service failed: it was logged, please report it")
-
-
 # --- The app ----------------------------------------------------------------
 
 EXPOSED_HEADERS = (
@@ -436,9 +335,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             stack.push_async_callback(reads.close)
             stack.push_async_callback(writes.close)
         cache = connect_cache(reads, writes)
-        publisher = connect_publisher(
-            settings.rabbitmq_url, _processor(database)
-        )
+        publisher = connect_publisher(settings.rabbitmq_url, database)
         relays = {
             sink.kind: Relay(database, sink)
             for sink in (publisher, CacheSink(database, cache))
@@ -475,15 +372,15 @@ def _report_death(task: asyncio.Task[None]) -> None:
         logger.critical("A relay died", exc_info=task.exception())
 
 
-def _processor(database: Database) -> Any:
-    """Return what the embedded mode does in a worker's place."""
+def connect_publisher(url: str | None, database: Database) -> Publisher:
+    """Return the sink of new orders: RabbitMQ, or this very process."""
 
     async def process(event: DueEvent) -> None:
         request_id.set(event.payload.get("request_id", "-"))
         async with database.session() as session:
             await session.run_sync(process_order, event.id)
 
-    return process
+    return RabbitPublisher(url) if url else LocalPublisher(process)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -498,18 +395,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     for router in (users, orders, service):
         app.include_router(router)
-    for error, handler in {
-        OrdersError: refuse,
-        HTTPException: refuse_http,
-        RequestValidationError: refuse_invalid,
-        InterfaceError: refuse_unavailable,
-        OperationalError: refuse_unavailable,
-        PoolTimeoutError: refuse_unavailable,
-        Exception: fail,
-    }.items():
+    for error, handler in HANDLERS.items():
         app.add_exception_handler(error, handler)
     # The last one added is the first to see a call.
-    app.add_middleware(LimitsMiddleware, max_body=MAX_BODY)
+    app.add_middleware(LimitsMiddleware)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,

@@ -28,6 +28,7 @@ from orders.cache import CacheAway, RedisLink
 from orders.logs import request_id
 
 UNLIMITED = {"/health", "/ready", "/docs", "/redoc", "/openapi.json"}
+MAX_BODY = 64 * 1024  # bytes
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -109,10 +110,9 @@ class LimitsMiddleware:
     A body of unknown size passes here; the routes count it as it comes.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body: int) -> None:
-        """Wrap `app`; a body may have `max_body` bytes."""
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap `app`."""
         self.app = app
-        self.max_body = max_body
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send
@@ -125,8 +125,8 @@ class LimitsMiddleware:
             if excess is not None:
                 return await _too_many(excess)(scope, receive, send)
             size = request.headers.get("content-length", "")
-            if size.isdecimal() and int(size) > self.max_body:
-                return await _too_large(self.max_body)(scope, receive, send)
+            if size.isdecimal() and int(size) > MAX_BODY:
+                return await _too_large()(scope, receive, send)
         return await self.app(scope, receive, send)
 
 
@@ -141,8 +141,8 @@ def _too_many(excess: Excess) -> JSONResponse:
     )
 
 
-def _too_large(limit: int) -> JSONResponse:
+def _too_large() -> JSONResponse:
     return JSONResponse(
-        {"detail": f"The body is too large: send at most {limit} bytes"},
+        {"detail": f"The body is too large: send at most {MAX_BODY} bytes"},
         status_code=413,
     )

@@ -20,7 +20,7 @@ from sqlmodel import Session
 
 from orders import logs
 from orders.db import create_sync_engine
-from orders.events import DEAD_LETTERS, QUEUE, QUEUE_ARGUMENTS, TASK
+from orders.rabbitmq import DEAD_LETTERS, QUEUE, QUEUE_ARGUMENTS, TASK
 from orders.service import process_order
 from orders.settings import load_settings
 
