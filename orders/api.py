@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from fastapi.security import OAuth2PasswordRequestForm
+from fastapi_offline import FastAPIOffline
 
 from orders import auth
 from orders.auth import current_user
@@ -35,6 +36,7 @@ from orders.events import (
 )
 from orders.logs import configure_logging, request_id
 from orders.middleware import (
+    DOCS_ASSETS,
     MAX_BODY,
     LimitsMiddleware,
     RateLimiter,
@@ -385,7 +387,8 @@ def connect_publisher(url: str | None, database: Database) -> Publisher:
 
 def create_app(settings: Settings) -> FastAPI:
     """Return the app for these settings; nothing connects before it runs."""
-    app = FastAPI(
+    app = FastAPIOffline(
+        static_url=DOCS_ASSETS,
         title="Orders",
         summary="Take, keep and process orders.",
         version="0.1.0",

@@ -27,7 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from orders.cache import CacheAway, RedisLink
 from orders.logs import request_id
 
-UNLIMITED = {"/health", "/ready", "/docs", "/redoc", "/openapi.json"}
+DOCS_ASSETS = "/docs-assets"
+UNLIMITED = ("/health", "/ready", "/docs", "/redoc", "/openapi.json")
 MAX_BODY = 64 * 1024  # bytes
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -118,7 +119,9 @@ class LimitsMiddleware:
         self, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Count the call, then let it through or refuse it."""
-        if scope["type"] == "http" and scope["path"] not in UNLIMITED:
+        if scope["type"] == "http" and not (
+            scope["path"] in UNLIMITED or scope["path"].startswith(DOCS_ASSETS)
+        ):
             request = Request(scope)
             limiter: RateLimiter = scope["app"].state.limiter
             excess = await limiter.exceeded(request)

@@ -202,12 +202,7 @@ class UserBase(SQLModel):
     email: Annotated[str, AfterValidator(canonical_email)] = Field(
         max_length=MAX_EMAIL,
         unique=True,
-        schema_extra={
-            "json_schema_extra": {
-                "format": "email",
-                "examples": ["ada@example.com"],
-            }
-        },
+        schema_extra={"json_schema_extra": {"format": "email"}},
     )
 
 
@@ -223,11 +218,15 @@ class User(UserBase, table=True):
 class UserCreate(UserBase):
     """A registration."""
 
-    password: str = Field(
-        min_length=8,
-        max_length=128,
-        schema_extra={"examples": ["correct horse battery"]},
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"email": "ada@example.com", "password": "correct horse"}
+            ]
+        }
     )
+
+    password: str = Field(min_length=8, max_length=128)
 
 
 class UserPublic(SQLModel):
@@ -289,6 +288,14 @@ class OrderItem(SQLModel):
 
 class OrderCreate(SQLModel):
     """A wish for an order."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"items": [{"name": "tea", "quantity": 3, "price": 4.5}]}
+            ]
+        }
+    )
 
     items: list[OrderItem] = Field(min_length=1, max_length=MAX_ITEMS)
     total_price: Annotated[float, Strict(), AllowInfNan(False)] | None = Field(
@@ -363,6 +370,10 @@ class OrderPublic(SQLModel):
 
 class StatusChange(SQLModel):
     """The status that an order should take."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"status": "PAID"}]}
+    )
 
     status: OrderStatus
 
