@@ -61,6 +61,7 @@ from orders.rabbitmq import RabbitPublisher
 from orders.service import OrderService, process_order
 from orders.settings import Settings, load_settings
 
+STOP_TIMEOUT = 1.5  # seconds that the relays get to finish
 READY_TIMEOUT = 1  # seconds that /ready waits for a dependency
 
 logger = logging.getLogger(__name__)
@@ -298,7 +299,7 @@ async def _answers(ping: Any) -> bool:
     done, _ = await asyncio.wait({task}, timeout=READY_TIMEOUT)
     if not done:
         task.cancel()
-        task.add_done_callback(lambda ended: ended.cancelled())
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())
         return False
     return task.exception() is None and task.result() is not False
 
@@ -366,7 +367,7 @@ async def _running(*loops: Any) -> AsyncIterator[None]:
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
 
 
 def _report_death(task: asyncio.Task[None]) -> None:

@@ -39,13 +39,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+class OutageLog:
+    """Log an outage of the database, but not once a call."""
+
+    def __init__(self) -> None:
+        """Start with the database up."""
+        self._report_at = 0.0
+
+    def report(self, error: object) -> None:
+        """Log the error, unless the last was a moment ago."""
+        if time.monotonic() >= self._report_at:
+            reason = str(error).split("\n")[0]
+            logger.warning("The database is away: %s", reason)
+        self._report_at = time.monotonic() + REPORT_INTERVAL
+
+
 class Database:
     """The API's asynchronous engine and its sessions."""
 
     def __init__(self, url: str) -> None:
         """Prepare the engine; it connects when it is first used."""
         self.engine = _create_async_engine(make_url(url))
-        self._report_at = 0.0
+        self.outage = OutageLog()
 
     def session(self) -> AsyncSession:
         """Return a new session, to be used with `async with`."""
@@ -55,13 +70,6 @@ class Database:
         """Raise unless the database answers."""
         async with self.engine.connect() as connection:
             await connection.execute(text("SELECT 1"))
-
-    def report_away(self, error: Exception) -> None:
-        """Log an outage, but not once a request."""
-        if time.monotonic() >= self._report_at:
-            reason = str(error).splitlines()[0]
-            logger.warning("The database is away: %s", reason)
-        self._report_at = time.monotonic() + REPORT_INTERVAL
 
     async def close(self) -> None:
         """Close the pooled connections."""

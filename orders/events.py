@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
 from sqlalchemy import case
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col, select, update
 
 from orders.cache import CacheAway, OrderCache
@@ -98,24 +97,30 @@ class Relay:
             events = await self._claim()
             if events:
                 await self._deliver(events)
-        except (DBAPIError, PoolTimeoutError, DeliveryFailed) as error:
-            if not self._failing:
-                logger.warning(
-                    "Relay of %s events halts, it will try again: %s",
-                    self._sink.kind,
-                    str(error).splitlines()[0],
-                )
-            self._failing = True
+        except Exception as error:  # a relay that dies loses every order
+            self._report(error)
             return 0
         if self._failing:
             self._failing = False
             logger.info("Relay of %s events goes on", self._sink.kind)
         return len(events)
 
+    def _report(self, error: Exception) -> None:
+        """Log the first of a row of failures; a fault with its traceback."""
+        if not self._failing:
+            outage = isinstance(error, SQLAlchemyError | DeliveryFailed)
+            logger.warning(
+                "Relay of %s events halts, it will try again: %s",
+                self._sink.kind,
+                str(error).split("\n")[0],
+                exc_info=None if outage else error,
+            )
+        self._failing = True
+
     async def _deliver(self, events: list[DueEvent]) -> None:
         try:
             await self._sink.deliver(events)
-        except DeliveryFailed:
+        except BaseException:  # being stopped, too
             await self._release(events)
             raise
 

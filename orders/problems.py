@@ -120,7 +120,7 @@ async def refuse_invalid(
 
 async def refuse_unavailable(request: Request, error: Exception) -> Response:
     """Ask the client to come back when the database does."""
-    request.app.state.database.report_away(error)
+    request.app.state.database.outage.report(error)
     return _problem(
         503,
         f"The database is away: try again in {RETRY_AFTER} seconds",

@@ -73,7 +73,7 @@ class RabbitPublisher:
             try:
                 reason = await self._use_connection()
                 tries = 0  # it was up for a while
-            except (AMQPError, TimeoutError, OSError) as error:
+            except Exception as error:  # pika raises many; all are tried again
                 reason = error
             if tries == 0:
                 logger.warning("RabbitMQ is away: %r", reason)

@@ -11,25 +11,37 @@ from uuid import UUID
 
 from celery import Celery, bootsteps
 from celery.exceptions import InvalidTaskError
-from celery.signals import setup_logging
+from celery.signals import setup_logging, task_retry
 from celery.worker import strategy
 from celery.worker.consumer import Consumer
 from kombu import Exchange, Message, Queue
+from kombu.exceptions import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session
 
 from orders import logs
-from orders.db import create_sync_engine
+from orders.db import OutageLog, create_sync_engine
 from orders.rabbitmq import DEAD_LETTERS, QUEUE, QUEUE_ARGUMENTS, TASK
 from orders.service import process_order
 from orders.settings import load_settings
 
+# What reading a message made by somebody else raises.
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    DecodeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 THREADS = 8
 PREFETCH = 500  # messages a thread; those that wait for their eta count too
 MAX_RETRY_BACKOFF = 4  # seconds between two tries while the database is away
 
 settings = load_settings(worker=True)
 engine = create_sync_engine(settings.database_url)
+outage = OutageLog()
 app = Celery("orders", broker=settings.rabbitmq_url)
 app.conf.update(
     broker_connection_max_retries=None,
@@ -64,6 +76,11 @@ def _configure_logging(**_: object) -> None:
     logs.configure_logging()
 
 
+@task_retry.connect
+def _report_retry(reason: object, **_: object) -> None:
+    outage.report(reason)
+
+
 class DeadLetterQueue(bootsteps.StartStopStep):
     """Declare the dead-letter queue at each connect, as the publisher does."""
 
@@ -96,7 +113,7 @@ def strict_strategy(
             for name in ("event_id", "order_id"):
                 UUID(kwargs[name])
             handle(message, *args)
-        except Exception as error:
+        except MALFORMED as error:
             raise InvalidTaskError(f"malformed message: {error!r}") from error
 
     return handle_strictly

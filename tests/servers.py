@@ -51,6 +51,15 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def without_coverage() -> dict[str, str]:
+    """Return the environment for a program that is not ours."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("COVERAGE")
+    }
+
+
 def wait_until(
     condition: Callable[[], object], timeout: float = START_TIMEOUT
 ) -> None:
@@ -59,6 +68,19 @@ def wait_until(
     while not condition():
         assert time.monotonic() < deadline, f"not in time: {condition}"
         time.sleep(0.05)
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and its descendants, the eldest first."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for each in found:  # grows as it goes
+        found += children.get(each, [])
+    return found
 
 
 class Server:
@@ -83,6 +105,7 @@ class Server:
         self.user = user
         self.ready = ready or self.listens
         self.process: subprocess.Popen[bytes] | None = None
+        self.starts_at = 0  # bytes of the log that earlier starts wrote
 
     def listens(self) -> bool:
         """Return whether somebody accepts connections on the port."""
@@ -94,6 +117,7 @@ class Server:
     def start(self) -> "Server":
         """Start the process and wait until it is ready."""
         with self.log.open("ab") as log:
+            self.starts_at = log.tell()
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
@@ -116,10 +140,14 @@ class Server:
         return self.log.read_text(errors="replace")
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and its children."""
+        """Send a signal to the process and all its descendants.
+
+        PostgreSQL's backends and Erlang's helpers leave the process group.
+        """
         assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        for pid in family(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def kill(self) -> None:
         """End the process the hard way."""
@@ -246,8 +274,9 @@ def worker(folder: Path, env: dict[str, str]) -> Server:
         folder=folder,
         env={**env, "PYTHONWARNINGS": "ignore"},
     )
-    # The newest start's own part of the log, from its banner on.
-    server.ready = lambda: "ready." in server.text().rsplit("[tasks]", 1)[-1]
+    server.ready = lambda: (
+        b"ready." in server.log.read_bytes()[server.starts_at :]
+    )
     return server
 
 

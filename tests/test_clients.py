@@ -65,6 +65,7 @@ def test_a_generated_client_drives_the_journey(server, tmp_path):
             *("generate", "--url", f"{url}/openapi.json", "--meta", "none"),
             *("--config", config, "--output-path", tmp_path / "orders_client"),
         ],
+        env=servers.without_coverage(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -73,6 +74,7 @@ def test_a_generated_client_drives_the_journey(server, tmp_path):
 
     driven = subprocess.run(
         [sys.executable, "-c", JOURNEY, tmp_path, url],
+        env=servers.without_coverage(),
         capture_output=True,
         text=True,
         timeout=60,

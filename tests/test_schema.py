@@ -24,6 +24,7 @@ def test_schemathesis_finds_nothing(tmp_path, http, pytestconfig):
                 *("--checks", "all", "--max-examples", "30"),
             ],
             cwd=tmp_path,
+            env=servers.without_coverage(),
             capture_output=True,
             text=True,
             timeout=300,
