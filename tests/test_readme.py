@@ -63,3 +63,14 @@ def test_every_guarantee_names_a_test():
     assert names
     for name in names:
         assert name in tests
+
+
+def test_the_readme_states_the_size_of_the_package():
+    """Who plans an afternoon can rely on it, to a tenth."""
+    files = list((ROOT / "orders").glob("*.py"))
+    lines = sum(len(file.read_text().splitlines()) for file in files)
+    stated = re.search(r"(\d+) files with about ([\d,]+) lines", README)
+
+    assert stated
+    assert int(stated[1]) == len(files)
+    assert abs(int(stated[2].replace(",", "")) - lines) <= lines / 10
