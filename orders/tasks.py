@@ -5,39 +5,31 @@ it. The settings here lose nothing when the worker, the broker or the database
 is killed, and a malformed message ends in the dead-letter queue.
 """
 
-from collections.abc import Callable
+import logging
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from celery import Celery, bootsteps
-from celery.exceptions import InvalidTaskError
 from celery.signals import setup_logging, task_retry
-from celery.worker import strategy
 from celery.worker.consumer import Consumer
 from kombu import Exchange, Message, Queue
-from kombu.exceptions import DecodeError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session
 
 from orders import logs
 from orders.db import OutageLog, create_sync_engine
+from orders.models import now
 from orders.rabbitmq import DEAD_LETTERS, QUEUE, QUEUE_ARGUMENTS, TASK
 from orders.service import process_order
 from orders.settings import load_settings
 
-# What reading a message made by somebody else raises.
-MALFORMED = (
-    ArithmeticError,
-    AttributeError,
-    DecodeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 THREADS = 8
 PREFETCH = 500  # messages a thread; those that wait for their eta count too
+MAX_DELAY = timedelta(minutes=10)  # that a message may ask for
 MAX_RETRY_BACKOFF = 4  # seconds between two tries while the database is away
+
+logger = logging.getLogger(__name__)
 
 settings = load_settings(worker=True)
 engine = create_sync_engine(settings.database_url)
@@ -61,6 +53,7 @@ app.conf.update(
     ],
     task_reject_on_worker_lost=True,
     worker_concurrency=THREADS,
+    worker_consumer=f"{__name__}:StrictConsumer",
     worker_enable_prefetch_count_reduction=False,
     # RabbitMQ 4.3 refuses the exclusive queue that remote control declares.
     worker_enable_remote_control=False,
@@ -97,31 +90,47 @@ class DeadLetterQueue(bootsteps.StartStopStep):
 app.steps["consumer"].add(DeadLetterQueue)
 
 
-def strict_strategy(
-    task: Any, app: Celery, consumer: Consumer, **kwargs: Any
-) -> Callable[..., None]:
-    """Return Celery's strategy, with malformed messages dead-lettered.
+class StrictConsumer(Consumer):
+    """Celery's consumer, with malformed messages dead-lettered.
 
-    A stock worker dies of a message that lacks an id or whose body is not
-    `[args, kwargs, embed]`; InvalidTaskError makes it reject the message.
+    A stock worker dies of a message whose task is a list or which lacks an
+    id, and is killed by it again after each restart.
     """
-    handle = strategy.default(task, app, consumer, **kwargs)
 
-    def handle_strictly(message: Message, *args: Any) -> None:
-        try:
-            _, kwargs, _ = message.payload
-            for name in ("event_id", "order_id"):
-                UUID(kwargs[name])
-            handle(message, *args)
-        except MALFORMED as error:
-            raise InvalidTaskError(f"malformed message: {error!r}") from error
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """Return Celery's handler behind a check of the message."""
+        handle = super().create_task_handler(*args, **kwargs)
 
-    return handle_strictly
+        def handle_strictly(message: Message) -> None:
+            try:
+                check_message(message)
+            except Exception as error:  # it raises whatever its parts raise
+                logger.error("Rejected a malformed message: %r", error)
+                message.reject_log_error(logger, self.connection_errors)
+            else:
+                handle(message)
+
+        return handle_strictly
+
+
+def check_message(message: Message) -> None:
+    """Raise unless it is what the publisher, or a retry of ours, sends."""
+    headers = message.headers
+    if headers["task"] != TASK:
+        raise ValueError("another task")
+    UUID(headers["id"])
+    eta = headers.get("eta")
+    if eta and datetime.fromisoformat(eta) > now() + MAX_DELAY:
+        raise ValueError("due too late: the worker would hold it until then")
+    if any(headers.get("timelimit") or ()) or headers.get("expires"):
+        raise ValueError("a limit that the publisher does not set")
+    _, kwargs, _ = message.payload
+    for name in ("event_id", "order_id"):
+        UUID(kwargs[name])
 
 
 @app.task(
     name=TASK,
-    Strategy=f"{__name__}:strict_strategy",
     autoretry_for=(SQLAlchemyError,),
     max_retries=None,
     retry_backoff=True,
