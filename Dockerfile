@@ -19,6 +19,8 @@ COPY migrations migrations
 COPY orders orders
 RUN uv sync --locked --no-dev
 
+# Celery takes a group without a name for root's, and warns.
+RUN echo orders:x:10001: >> /etc/group
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 \

@@ -10,15 +10,15 @@ from contextvars import ContextVar
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
-# Their lines would repeat ours, come once a reconnect, or warn of a feature of
-# Celery's that is not used here.
-QUIET = (
-    "alembic",
-    "celery.app.trace",
-    "celery.worker.strategy",
-    "kombu.transport.native_delayed_delivery",
-    "pika",
-)
+# Who says less than the rest: what would repeat our own lines, come at each
+# try to connect, or warn of a feature of Celery's that is not used here.
+LEVELS = {
+    "alembic": "WARNING",
+    "celery.app.trace": "WARNING",
+    "celery.worker.strategy": "WARNING",
+    "kombu.transport.native_delayed_delivery": "ERROR",
+    "pika": "CRITICAL",
+}
 
 
 class _RequestIdFilter(logging.Filter):
@@ -52,7 +52,7 @@ CONFIG = {
         # uvicorn's own handlers go, so its lines reach ours.
         "uvicorn": {"handlers": [], "level": "INFO", "propagate": True},
         "uvicorn.access": {"handlers": [], "propagate": True},
-        **{name: {"level": "ERROR"} for name in QUIET},
+        **{name: {"level": level} for name, level in LEVELS.items()},
     },
 }
 
