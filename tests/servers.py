@@ -95,8 +95,10 @@ class Server:
         env: dict[str, str] | None = None,
         user: str | None = None,
         ready: Callable[[], object] | None = None,
+        ours: bool = False,
     ) -> None:
-        """Remember how to start it."""
+        """Remember how to start it, and whether it is a part of `orders`."""
+        self.ours = ours
         self.command = [str(part) for part in command]
         self.port = port
         self.folder = folder
@@ -173,6 +175,9 @@ def running(server: Server) -> Iterator[Server]:
         yield server.start()
     finally:
         if server.process is not None:
+            if server.ours:  # its coverage is saved at a polite end only
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.stop()
             server.kill()
 
 
@@ -260,6 +265,7 @@ def api(folder: Path, env: dict[str, str]) -> Server:
         folder=folder,
         env=env,
         ready=lambda: answers(f"http://127.0.0.1:{port}/health"),
+        ours=True,
     )
 
 
@@ -273,6 +279,7 @@ def worker(folder: Path, env: dict[str, str]) -> Server:
         port=0,
         folder=folder,
         env={**env, "PYTHONWARNINGS": "ignore"},
+        ours=True,
     )
     server.ready = lambda: (
         b"ready." in server.log.read_bytes()[server.starts_at :]

@@ -22,6 +22,7 @@ def orders_command(folder, env=None):
             **(env or {}),
         },
         ready=lambda: servers.answers(f"http://127.0.0.1:{port}/health"),
+        ours=True,
     )
 
 
