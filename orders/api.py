@@ -5,7 +5,6 @@ is JSON with a `detail`, and none repeats what the client sent.
 """
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -141,8 +140,9 @@ async def create_order(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Create an order; it is processed about two seconds later."""
-    view, replayed = await service.create(user_id, draft, key=idempotency_key)
-    order_id = json.loads(view.body)["id"]
+    order_id, view, replayed = await service.create(
+        user_id, draft, key=idempotency_key
+    )
     headers = {"Location": f"/orders/{order_id}"}
     if replayed:
         headers["Idempotency-Replayed"] = "true"

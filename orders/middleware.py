@@ -30,6 +30,7 @@ from orders.logs import request_id
 DOCS_ASSETS = "/docs-assets"
 UNLIMITED = ("/health", "/ready", "/docs", "/redoc", "/openapi.json")
 MAX_BODY = 64 * 1024  # bytes
+TOO_LARGE = f"The body is too large: send at most {MAX_BODY} bytes"
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -129,7 +130,8 @@ class LimitsMiddleware:
                 return await _too_many(excess)(scope, receive, send)
             size = request.headers.get("content-length", "")
             if size.isdecimal() and int(size) > MAX_BODY:
-                return await _too_large()(scope, receive, send)
+                refusal = JSONResponse({"detail": TOO_LARGE}, status_code=413)
+                return await refusal(scope, receive, send)
         return await self.app(scope, receive, send)
 
 
@@ -141,11 +143,4 @@ def _too_many(excess: Excess) -> JSONResponse:
         },
         status_code=429,
         headers={"Retry-After": str(excess.retry_after)},
-    )
-
-
-def _too_large() -> JSONResponse:
-    return JSONResponse(
-        {"detail": f"The body is too large: send at most {MAX_BODY} bytes"},
-        status_code=413,
     )

@@ -187,7 +187,6 @@ def _whole_cents(price: float) -> float:
     return rounded
 
 
-Text = Annotated[str, AfterValidator(_storable)]
 Money = Annotated[
     float, Strict(), AllowInfNan(False), AfterValidator(_whole_cents)
 ]

@@ -14,7 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
-from orders.middleware import MAX_BODY
+from orders.middleware import MAX_BODY, TOO_LARGE
 from orders.models import OrdersError, Problem
 
 RETRY_AFTER = 2  # seconds that a client should wait out an outage
@@ -63,7 +63,7 @@ HINTS = {
     400: "The body could not be read: send valid JSON, or a valid form",
     404: "No such address: see /docs",
     405: "This address does not take this method: see /docs",
-    413: f"The body is too large: send at most {MAX_BODY} bytes",
+    413: TOO_LARGE,
 }
 
 

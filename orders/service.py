@@ -67,8 +67,8 @@ class OrderService:
 
     async def create(
         self, user_id: int, draft: OrderCreate, *, key: str | None = None
-    ) -> tuple[OrderView, bool]:
-        """Keep a new order; return it, and whether it was there before.
+    ) -> tuple[UUID, OrderView, bool]:
+        """Keep a new order; return its id, it, and if it was there before.
 
         With an idempotency key, the same draft yields the same order again;
         another draft under the same key raises KeyReused.
@@ -84,10 +84,10 @@ class OrderService:
         try:
             await self._insert(order)
         except IntegrityError:
-            return await self._replay(order), True
+            return order.id, await self._replay(order), True
         logger.info("Order %s created", order.id)
         self._wake[EventKind.NEW_ORDER]()
-        return OrderView.of(order), False
+        return order.id, OrderView.of(order), False
 
     async def get(
         self, user_id: int, order_id: UUID
@@ -95,11 +95,14 @@ class OrderService:
         """Return the caller's order, and whether it came from the cache."""
         cached = await self._cache.get(order_id)
         if cached is not None:
-            return _owned(OrderView.decode(cached), user_id), True
+            view = OrderView.decode(cached)
+            _check_owner(view.user_id, user_id)
+            return view, True
         read_at = time.monotonic()
         view = OrderView.of(await self._read(order_id))
         await self._cache.fill(order_id, view.encode(), read_at)
-        return _owned(view, user_id), False
+        _check_owner(view.user_id, user_id)
+        return view, False
 
     async def list_page(
         self,
@@ -219,7 +222,7 @@ class OrderService:
     ) -> OrderView:
         """Raise what kept an order from becoming `new`."""
         order = await self._read(order_id)
-        _owned(OrderView.of(order), user_id)
+        _check_owner(order.user_id, user_id)
         if expected is not None and order.status not in expected:
             raise PreconditionFailed
         if new in TRANSITIONS[order.status]:  # it became possible just now
@@ -249,11 +252,10 @@ def process_order(session: Session, event_id: UUID) -> bool:
     return True
 
 
-def _owned(view: OrderView, user_id: int) -> OrderView:
-    """Return the order if it is the user's; the only place that checks."""
-    if view.user_id != user_id:
+def _check_owner(owner_id: int, user_id: int) -> None:
+    """Raise NotFound unless both are the same; the only place that checks."""
+    if owner_id != user_id:
         raise NotFound
-    return view
 
 
 def _event(order_id: UUID, status: OrderStatus | None = None) -> Event:

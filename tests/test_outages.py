@@ -20,9 +20,7 @@ OTHER = uuid.uuid4()
 
 def refused(scheme):
     """Return a URL where nobody listens."""
-    return f"{scheme}://127.0.0.1:{servers.free_port()}/x".replace(
-        "/x", "/0" if scheme == "redis" else "/x"
-    )
+    return f"{scheme}://127.0.0.1:{servers.free_port()}/0"
 
 
 def started(settings):
