@@ -332,7 +332,15 @@ class Order(SQLModel, table=True):
     __tablename__ = "orders"
     __table_args__ = (
         CheckConstraint("total_price >= 0", name="orders_total_price_check"),
-        # Serves the list of a user's orders, newest first.
+        Index(
+            "orders_user_id_status_created_at_id",
+            "user_id",
+            "status",
+            "created_at",
+            "id",
+        ),
+        # Serve the list of a user's orders, newest first: all, and those in
+        # a status, which may be few among a million.
         Index("orders_user_id_created_at_id", "user_id", "created_at", "id"),
     )
 

@@ -8,9 +8,12 @@ import pytest
 import servers
 from alembic import command
 from alembic.config import Config
+from conftest import User
+from fastapi.testclient import TestClient
 
 import orders
 from orders.__main__ import ALEMBIC_INI
+from orders.api import create_app
 
 PACKAGE = Path(orders.__file__).parent
 # The reading order that the package's docstring gives.
@@ -75,6 +78,42 @@ def test_the_migrations_build_what_the_models_say(mode, request, monkeypatch):
     command.downgrade(config, "base")
     command.upgrade(config, "head")
     command.check(config)
+
+
+NEXT_MIGRATION = """
+from alembic import op
+
+revision, down_revision = "next", "0001"
+
+
+def upgrade():
+    with op.batch_alter_table("orders") as orders:
+        orders.drop_constraint("orders_status_check", type_="check")
+        orders.create_check_constraint("orders_status_check", "status <> ''")
+"""
+
+
+@pytest.mark.parametrize("mode", ["embedded", "production"])
+def test_a_migration_may_replace_a_constraint(
+    mode, request, monkeypatch, tmp_path
+):
+    """SQLite makes the table anew: what refers to it stays, and its rows."""
+    settings = request.getfixturevalue(mode)
+    monkeypatch.setenv("DATABASE_URL", settings.database_url)
+    with TestClient(create_app(settings)) as client:
+        ada = User(client, "ada@example.com")
+        order_id = ada.order()
+    (tmp_path / "next.py").write_text(NEXT_MIGRATION)
+    config = Config(ALEMBIC_INI)
+    versions = f"{ALEMBIC_INI.parent}/migrations/versions\n{tmp_path}"
+    config.set_main_option("version_locations", versions)
+    config.set_main_option("path_separator", "newline")
+
+    command.upgrade(config, "next")
+
+    with TestClient(create_app(settings)) as client:
+        path = f"/orders/{order_id}/events"
+        assert len(client.get(path, headers=ada.headers).json()) == 1
 
 
 def test_in_ci_nothing_is_skipped():

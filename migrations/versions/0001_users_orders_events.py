@@ -48,6 +48,11 @@ def upgrade() -> None:
         "orders",
         ["user_id", "created_at", "id"],
     )
+    op.create_index(
+        "orders_user_id_status_created_at_id",
+        "orders",
+        ["user_id", "status", "created_at", "id"],
+    )
     op.create_table(
         "events",
         sa.Column("id", sa.Uuid, primary_key=True),
