@@ -2,7 +2,7 @@
 
 A session of the API never waits for a hung server: a connection that is still
 in use DEADLINE seconds after it was taken is cut, which its user sees as a
-lost connection.
+lost connection. A server that works has cancelled the statement before.
 """
 
 import asyncio
@@ -13,8 +13,11 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from psycopg import AsyncConnection, OperationalError
+import psycopg
+from psycopg import AsyncConnection
 from sqlalchemy import URL, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlmodel.ext.asyncio.session import AsyncSession
@@ -23,6 +26,7 @@ POOL_SIZE = 10  # connections of one API process
 POOL_TIMEOUT = 2  # seconds to wait for a free connection
 CONNECT_TIMEOUT = 2  # seconds
 DEADLINE = 2.5  # seconds that the API may use a connection at a stretch
+STATEMENT_TIMEOUT = 2000  # milliseconds that it may wait for one statement
 BUSY_TIMEOUT = 5000  # milliseconds that SQLite waits for another writer
 REPORT_INTERVAL = 10  # seconds without an outage before the next is news
 
@@ -37,6 +41,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "sqlite": {},
 }
+AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT"}
+
+# What is raised while the database is away; anything else is a fault.
+OUTAGES = (InterfaceError, OperationalError, PoolTimeoutError)
 
 
 class OutageLog:
@@ -60,6 +68,8 @@ class Database:
     def __init__(self, url: str) -> None:
         """Prepare the engine; it connects when it is first used."""
         self.engine = _create_async_engine(make_url(url))
+        # The same connections, for a statement that is a transaction.
+        self.autocommit = self.engine.execution_options(**AUTOCOMMIT)
         self.outage = OutageLog()
 
     def session(self) -> AsyncSession:
@@ -80,7 +90,11 @@ def create_sync_engine(url: str) -> Engine:
     """Return an engine for the migrations and the worker's threads."""
     parsed = make_url(url)
     options = OPTIONS[parsed.get_backend_name()]
-    engine = create_engine(_with_driver(parsed, sqlite="pysqlite"), **options)
+    engine = create_engine(
+        _with_driver(parsed, sqlite="pysqlite"),
+        hide_parameters=True,
+        **options,
+    )
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
     return engine
@@ -88,8 +102,13 @@ def create_sync_engine(url: str) -> Engine:
 
 def _create_async_engine(url: URL) -> AsyncEngine:
     options = OPTIONS[url.get_backend_name()]
+    if url.get_backend_name() == "postgresql":
+        # Else each backend that waits for a row outlives its caller, and a
+        # row locked for long uses up the server's connections.
+        timeout = {"options": f"-c statement_timeout={STATEMENT_TIMEOUT}"}
+        options = options | {"connect_args": options["connect_args"] | timeout}
     engine = create_async_engine(
-        _with_driver(url, sqlite="aiosqlite"), **options
+        _with_driver(url, sqlite="aiosqlite"), hide_parameters=True, **options
     )
     if engine.dialect.name == "sqlite":
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
@@ -131,7 +150,7 @@ def _end_deadline(_: object, entry: ConnectionPoolEntry) -> None:
 def _cut(connection: AsyncConnection) -> None:
     """End both directions of the socket, so that who waits on it wakes."""
     with (
-        suppress(OSError, OperationalError),
+        suppress(OSError, psycopg.OperationalError),
         socket.socket(fileno=os.dup(connection.fileno())) as duplicate,
     ):
         duplicate.shutdown(socket.SHUT_RDWR)

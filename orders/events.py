@@ -16,11 +16,10 @@ from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
 from sqlalchemy import case
-from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col, select, update
 
 from orders.cache import CacheAway, OrderCache
-from orders.db import Database
+from orders.db import OUTAGES, Database
 from orders.models import Event, EventKind, now
 
 PROCESS_DELAY = timedelta(seconds=2)
@@ -28,6 +27,7 @@ POLL_INTERVAL = 0.25  # seconds
 BATCH = 500  # events
 LEASES = (30, 60, 120, 300)  # seconds, by attempts so far; then the last
 RETRY = timedelta(seconds=0.5)  # from a failed delivery to the next
+ASK_INTERVAL = 0.1  # seconds; till the replay, what is cached may be old
 
 logger = logging.getLogger(__name__)
 
@@ -107,13 +107,14 @@ class Relay:
 
     def _report(self, error: Exception) -> None:
         """Log the first of a row of failures; a fault with its traceback."""
-        if not self._failing:
-            outage = isinstance(error, SQLAlchemyError | DeliveryFailed)
+        if isinstance(error, OUTAGES):  # as the calls' failures are
+            self._database.outage.report(error)
+        elif not self._failing:
             logger.warning(
                 "Relay of %s events halts, it will try again: %s",
                 self._sink.kind,
                 str(error).split("\n")[0],
-                exc_info=None if outage else error,
+                exc_info=None if isinstance(error, DeliveryFailed) else error,
             )
         self._failing = True
 
@@ -188,7 +189,7 @@ class CacheSink:
             try:
                 return await self._cache.ping()
             except CacheAway:
-                await asyncio.sleep(RETRY.total_seconds())
+                await asyncio.sleep(ASK_INTERVAL)
 
     async def deliver(self, events: Sequence[DueEvent]) -> None:
         """Write the tombstones, then mark the events processed."""

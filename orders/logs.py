@@ -14,10 +14,12 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 # try to connect, or warn of a feature of Celery's that is not used here.
 LEVELS = {
     "alembic": "WARNING",
+    "celery.app.base": "ERROR",
     "celery.app.trace": "WARNING",
     "celery.worker.strategy": "WARNING",
     "kombu.transport.native_delayed_delivery": "ERROR",
     "pika": "CRITICAL",
+    "psycopg": "ERROR",
 }
 
 
@@ -59,4 +61,7 @@ CONFIG = {
 
 def configure_logging() -> None:
     """Send every logger's lines to standard output in the one format."""
+    access = logging.getLogger("uvicorn.access")
+    switched_off = not (access.handlers or access.propagate)
     logging.config.dictConfig(CONFIG)
+    access.propagate = not switched_off  # --no-access-log came first

@@ -13,9 +13,10 @@ from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import insert
+from sqlalchemy import Connection, Update, bindparam, insert
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session, col, select, tuple_, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col, select, tuple_, update
 
 from orders.cache import OrderCache
 from orders.db import Database
@@ -40,6 +41,10 @@ from orders.models import (
 
 # An idempotency key's order has the id uuid5(this, "<user id>:<key>").
 KEY_NAMESPACE = UUID("b8a1c9f4-2f6e-4a5c-9f0e-6d7f5f1f6c11")
+
+READ = select(*Order.__table__.c).where(  # type: ignore[attr-defined]
+    col(Order.id) == bindparam("order_id")
+)
 
 logger = logging.getLogger(__name__)
 
@@ -151,26 +156,19 @@ class OrderService:
         sources = {old for old, after in TRANSITIONS.items() if new in after}
         if expected is not None:
             sources &= expected
-        change = (
-            update(Order)
-            .where(
-                col(Order.id) == order_id,
-                col(Order.user_id) == user_id,
-                col(Order.status).in_(sources),
-            )
-            .values(status=new)
-            .returning(*Order.__table__.c)  # type: ignore[attr-defined]
-        )
+        change = _change(user_id, order_id, sources, new)
         async with self._database.engine.begin() as connection:
             row = (await connection.execute(change)).first()
-            if row is not None:
+            if row is None:
+                order = await _find(connection, order_id)
+            else:
                 event = _event(order_id, new).model_dump()
                 await connection.execute(insert(Event), event)
                 # While the row is locked: a crash after the commit must not
                 # leave the old bytes readable.
                 await self._cache.invalidate(order_id)
         if row is None:
-            return await self._explain(user_id, order_id, new, expected)
+            return await self._explain(user_id, order, new, expected)
         # Again, for a reader that filled in between with the old row.
         await self._cache.invalidate(order_id)
         logger.info("Order %s became %s", order_id, new)
@@ -207,45 +205,72 @@ class OrderService:
         return OrderView.of(order)
 
     async def _read(self, order_id: UUID) -> Order:
-        async with self._database.session() as session:
-            order = await session.get(Order, order_id)
-        if order is None:
-            raise NotFound
-        return order
+        async with self._database.autocommit.connect() as connection:
+            return await _find(connection, order_id)
 
     async def _explain(
         self,
         user_id: int,
-        order_id: UUID,
+        order: Order,
         new: OrderStatus,
         expected: set[str] | None,
     ) -> OrderView:
         """Raise what kept an order from becoming `new`."""
-        order = await self._read(order_id)
         _check_owner(order.user_id, user_id)
         if expected is not None and order.status not in expected:
             raise PreconditionFailed
         if new in TRANSITIONS[order.status]:  # it became possible just now
             return await self.change_status(
-                user_id, order_id, new, expected=expected
+                user_id, order.id, new, expected=expected
             )
         raise TransitionForbidden(order.status, new)
 
 
-def process_order(session: Session, event_id: UUID) -> bool:
+def _change(
+    user_id: int, order_id: UUID, sources: set[str], new: OrderStatus
+) -> Update:
+    """Return the UPDATE of a user's order from one of the sources."""
+    return (
+        update(Order)
+        .where(
+            col(Order.id) == order_id,
+            col(Order.user_id) == user_id,
+            col(Order.status).in_(sources),
+        )
+        .values(status=new)
+        .returning(*Order.__table__.c)  # type: ignore[attr-defined]
+    )
+
+
+async def _find(connection: AsyncConnection, order_id: UUID) -> Order:
+    found = await connection.execute(READ, {"order_id": order_id})
+    row = found.first()
+    if row is None:
+        raise NotFound
+    return Order.model_construct(**row._mapping)
+
+
+PROCESS = (
+    update(Event)
+    .where(
+        col(Event.id) == bindparam("event_id"),
+        col(Event.processed_at).is_(None),
+    )
+    .values(processed_at=bindparam("moment"))
+    .returning(col(Event.order_id))
+)
+
+
+def process_order(connection: Connection, event_id: UUID) -> bool:
     """Process a new order; return False if that was done before.
 
-    The worker and the embedded mode both end here. The condition in the
-    UPDATE makes the effect happen once, however often the event arrives.
+    The worker and the embedded mode both end here, with a connection that
+    commits each statement. The condition in the UPDATE makes the effect
+    happen once, however often the event arrives.
     """
-    process = (
-        update(Event)
-        .where(col(Event.id) == event_id, col(Event.processed_at).is_(None))
-        .values(processed_at=now())
-        .returning(col(Event.order_id))
-    )
-    order_id = session.execute(process).scalar()
-    session.commit()
+    order_id = connection.execute(
+        PROCESS, {"event_id": event_id, "moment": now()}
+    ).scalar()
     if order_id is None:
         return False
     logger.info("Order %s processed", order_id)

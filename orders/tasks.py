@@ -6,33 +6,40 @@ is killed, and a malformed message ends in the dead-letter queue.
 """
 
 import logging
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
+from amqp.serialization import PROPERTY_CLASSES, decode_properties_basic
+from amqp.spec import Basic
 from celery import Celery, bootsteps
 from celery.signals import setup_logging, task_retry
 from celery.worker.consumer import Consumer
+from celery.worker.request import Request
 from kombu import Exchange, Message, Queue
+from kombu.common import QoS
 from sqlalchemy.exc import SQLAlchemyError
-from sqlmodel import Session
 
 from orders import logs
-from orders.db import OutageLog, create_sync_engine
+from orders.db import AUTOCOMMIT, OutageLog, create_sync_engine
 from orders.models import now
 from orders.rabbitmq import DEAD_LETTERS, QUEUE, QUEUE_ARGUMENTS, TASK
 from orders.service import process_order
 from orders.settings import load_settings
 
 THREADS = 8
-PREFETCH = 500  # messages a thread; those that wait for their eta count too
+PREFETCH = 1000  # messages a thread; those that wait for their eta count too
 MAX_DELAY = timedelta(minutes=10)  # that a message may ask for
 MAX_RETRY_BACKOFF = 4  # seconds between two tries while the database is away
+RECONNECT = {"interval_start": 1, "interval_step": 1, "interval_max": 4}
 
 logger = logging.getLogger(__name__)
 
 settings = load_settings(worker=True)
-engine = create_sync_engine(settings.database_url)
+engine = create_sync_engine(settings.database_url).execution_options(
+    **AUTOCOMMIT
+)
 outage = OutageLog()
 app = Celery("orders", broker=settings.rabbitmq_url)
 app.conf.update(
@@ -74,20 +81,36 @@ def _report_retry(reason: object, **_: object) -> None:
     outage.report(reason)
 
 
-class DeadLetterQueue(bootsteps.StartStopStep):
-    """Declare the dead-letter queue at each connect, as the publisher does."""
+class FixedPrefetch(QoS):
+    """A prefetch count that stays.
+
+    Celery changes it for each message that waits for its eta, a round trip to
+    the broker both times, and to no effect: a consumer of a quorum queue
+    keeps the count that it began with.
+    """
+
+    def increment_eventually(self, n: int = 1) -> int:
+        """Leave the count as it is."""
+        return self.value
+
+    decrement_eventually = increment_eventually
+
+
+class Preparation(bootsteps.StartStopStep):
+    """What Celery does not do at each connect."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, parent: Consumer) -> None:
-        """Declare the queue; nothing consumes it."""
+        """Fix the prefetch count, and declare the dead-letter queue."""
+        parent.qos = FixedPrefetch(parent.qos.callback, parent.qos.value)
         with parent.app.connection_for_write() as connection:
             Queue(
                 DEAD_LETTERS, queue_arguments={"x-queue-type": "quorum"}
             ).bind(connection.default_channel).declare()
 
 
-app.steps["consumer"].add(DeadLetterQueue)
+app.steps["consumer"].add(Preparation)
 
 
 class StrictConsumer(Consumer):
@@ -96,6 +119,16 @@ class StrictConsumer(Consumer):
     A stock worker dies of a message whose task is a list or which lacks an
     id, and is killed by it again after each restart.
     """
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Connect soon after the broker's return.
+
+        Celery's pauses between two tries grow to half a minute, and no
+        setting of it says otherwise.
+        """
+        connect = partial(conn.ensure_connection, **RECONNECT)
+        conn.ensure_connection = connect
+        return super().ensure_connected(conn)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Return Celery's handler behind a check of the message."""
@@ -113,24 +146,51 @@ class StrictConsumer(Consumer):
         return handle_strictly
 
 
+def read_properties(buffer: bytes, offset: int) -> tuple[Any, int]:
+    """Return a message's properties, or none if they cannot be read.
+
+    Where py-amqp reads them, an error would end the worker; a message without
+    any is rejected later.
+    """
+    try:
+        return decode_properties_basic(buffer, offset)
+    except Exception:  # bytes that are not UTF-8, a time out of range, ...
+        return {}, offset
+
+
+PROPERTY_CLASSES[Basic.CLASS_ID] = read_properties
+
+
 def check_message(message: Message) -> None:
     """Raise unless it is what the publisher, or a retry of ours, sends."""
     headers = message.headers
     if headers["task"] != TASK:
         raise ValueError("another task")
     UUID(headers["id"])
-    eta = headers.get("eta")
-    if eta and datetime.fromisoformat(eta) > now() + MAX_DELAY:
-        raise ValueError("due too late: the worker would hold it until then")
+    if eta := headers.get("eta"):
+        due = datetime.fromisoformat(eta).astimezone(UTC)
+        if due > now() + MAX_DELAY:
+            raise ValueError("due too late: the worker would hold it so long")
+        # What is due already needs no timer, and a time no second parsing.
+        headers["eta"] = due if due > now() else None
     if any(headers.get("timelimit") or ()) or headers.get("expires"):
         raise ValueError("a limit that the publisher does not set")
+    if headers.get("stamped_headers"):
+        raise ValueError("stamps, which the publisher does not set")
     _, kwargs, _ = message.payload
     for name in ("event_id", "order_id"):
         UUID(kwargs[name])
 
 
+class OrderRequest(Request):
+    """Celery's request, spared to look up the zone of its eta each time."""
+
+    _tzlocal = UTC
+
+
 @app.task(
     name=TASK,
+    Request=OrderRequest,
     autoretry_for=(SQLAlchemyError,),
     max_retries=None,
     retry_backoff=True,
@@ -141,5 +201,5 @@ def process_new_order(
 ) -> None:
     """Process the order of an event; again while the database is away."""
     logs.request_id.set(request_id)
-    with Session(engine) as session:
-        process_order(session, UUID(event_id))
+    with engine.connect() as connection:
+        process_order(connection, UUID(event_id))
