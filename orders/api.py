@@ -5,13 +5,14 @@ is JSON with a `detail`, and none repeats what the client sent.
 """
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from fastapi.security import OAuth2PasswordRequestForm
@@ -55,7 +56,7 @@ from orders.models import (
     UserCreate,
     UserPublic,
 )
-from orders.problems import HANDLERS, problems, text_header
+from orders.problems import HANDLERS, answer, problems
 from orders.rabbitmq import RabbitPublisher
 from orders.service import OrderService, process_order
 from orders.settings import Settings, load_settings
@@ -69,21 +70,29 @@ logger = logging.getLogger(__name__)
 # --- Routes -----------------------------------------------------------------
 
 
-def _service(request: Request) -> OrderService:
-    return request.app.state.service
+def _orders(request: Request) -> OrderService:
+    return request.app.state.orders
 
 
 CurrentUser = Annotated[int, Depends(current_user)]
-ServiceDep = Annotated[OrderService, Depends(_service)]
+OrderId = Annotated[UUID, Path(description="From the answer that made it")]
 IfMatch = Annotated[
-    str | None, Header(description="Change only an order with this ETag")
+    str | None,
+    Header(
+        alias="If-Match", description="Change only an order with this ETag"
+    ),
 ]
 IfNoneMatch = Annotated[
-    str | None, Header(description="Answer 304 to an order with this ETag")
+    str | None,
+    Header(
+        alias="If-None-Match",
+        description="Answer 304 to an order with this ETag",
+    ),
 ]
 IdempotencyKey = Annotated[
     str | None,
     Header(
+        alias="Idempotency-Key",
         min_length=1,
         max_length=255,
         pattern=r"^[\x21-\x7e]+$",
@@ -91,20 +100,33 @@ IdempotencyKey = Annotated[
     ),
 ]
 
-ETAG = {"ETag": text_header("The order's status, quoted: it is its version")}
+ETAG = {"ETag": "The order's status, quoted: it is its version"}
+X_CACHE = {"X-Cache": "hit or miss"}
 
-users = APIRouter(tags=["users"], max_body_size=MAX_BODY)
-orders = APIRouter(prefix="/orders", tags=["orders"], max_body_size=MAX_BODY)
-service = APIRouter(tags=["service"])
+# So that the methods of a generated client are called as the functions here.
+NAMES: Any = {"generate_unique_id_function": lambda route: route.name}
+
+users = APIRouter(tags=["users"], **NAMES)
+orders = APIRouter(prefix="/orders", tags=["orders"], **NAMES)
+service = APIRouter(tags=["service"], **NAMES)
 
 
-@users.post("/register/", status_code=201, responses=problems(400, 409, 413))
+@users.post(
+    "/register/",
+    status_code=201,
+    responses={201: answer("The new user"), **problems(400, 409, 413)},
+    max_body_size=MAX_BODY,
+)
 async def register(draft: UserCreate, request: Request) -> UserPublic:
     """Register a user."""
     return await auth.register(request.app.state.database, draft)
 
 
-@users.post("/token/", responses=problems(400, 401, 413))
+@users.post(
+    "/token/",
+    responses={200: answer("A token"), **problems(400, 401, 413)},
+    max_body_size=MAX_BODY,
+)
 async def login(
     form: Annotated[OAuth2PasswordRequestForm, Depends()], request: Request
 ) -> Token:
@@ -121,26 +143,26 @@ async def login(
     status_code=201,
     response_model=OrderPublic,
     responses={
-        201: {
-            "headers": {
-                "Location": text_header("The order's address"),
-                "Idempotency-Replayed": text_header(
-                    "true, if it was made before"
-                ),
+        201: answer(
+            "The order, new or made before with the same key",
+            {
+                "Location": "The order's address",
+                "Idempotency-Replayed": "true, if it was made before",
                 **ETAG,
-            }
-        },
+            },
+        ),
         **problems(400, 401, 413),
     },
+    max_body_size=MAX_BODY,
 )
 async def create_order(
     draft: OrderCreate,
     user_id: CurrentUser,
-    service: ServiceDep,
+    request: Request,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Create an order; it is processed about two seconds later."""
-    order_id, view, replayed = await service.create(
+    order_id, view, replayed = await _orders(request).create(
         user_id, draft, key=idempotency_key
     )
     headers = {"Location": f"/orders/{order_id}"}
@@ -153,19 +175,19 @@ async def create_order(
     "/{order_id}",
     response_model=OrderPublic,
     responses={
-        200: {"headers": {"X-Cache": text_header("hit or miss"), **ETAG}},
-        304: {"description": "The order is as the client knows it"},
+        200: answer("The order", X_CACHE | ETAG),
+        304: answer("The order is as the client knows it", X_CACHE | ETAG),
         **problems(401, 404),
     },
 )
 async def get_order(
-    order_id: UUID,
+    order_id: OrderId,
     user_id: CurrentUser,
-    service: ServiceDep,
+    request: Request,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Read an order, from the cache when it can."""
-    view, hit = await service.get(user_id, order_id)
+    view, hit = await _orders(request).get(user_id, order_id)
     headers = {"X-Cache": "hit" if hit else "miss"}
     known = _statuses(if_none_match)
     if known is not None and view.status in known:
@@ -177,47 +199,54 @@ async def get_order(
     "/{order_id}",
     response_model=OrderPublic,
     responses={
-        200: {"headers": ETAG},
+        200: answer("The order in its new status", ETAG),
         **problems(400, 401, 404, 409, 412, 413),
     },
+    max_body_size=MAX_BODY,
 )
 async def change_order_status(
-    order_id: UUID,
+    order_id: OrderId,
     change: StatusChange,
     user_id: CurrentUser,
-    service: ServiceDep,
+    request: Request,
     if_match: IfMatch = None,
 ) -> Response:
     """Move an order on to its next status."""
-    view = await service.change_status(
+    view = await _orders(request).change_status(
         user_id, order_id, change.status, expected=_statuses(if_match)
     )
     return _answer(view)
 
 
 @orders.get(
-    "/user/{of_user}",
+    "/user/{user_id}",
     response_model=list[OrderPublic],
     responses={
-        200: {
-            "headers": {"Link": text_header('The next page, as rel="next"')}
-        },
+        200: answer(
+            "A page of orders",
+            {"Link": 'The next page, as rel="next"; absent on the last'},
+        ),
         **problems(401, 403),
     },
 )
 async def list_orders(
-    of_user: int,
+    of_user: Annotated[
+        int, Path(alias="user_id", description="Your own, from registering")
+    ],
     user_id: CurrentUser,
     request: Request,
-    service: ServiceDep,
-    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    limit: Annotated[
+        int, Query(ge=1, le=500, description="Orders on a page")
+    ] = 100,
     cursor: Annotated[
         str | None, Query(max_length=200, description="From a Link header")
     ] = None,
-    status: OrderStatus | None = None,
+    status: Annotated[
+        OrderStatus | None, Query(description="Only orders in this status")
+    ] = None,
 ) -> Response:
     """List your own orders, newest first."""
-    page = await service.list_page(
+    page = await _orders(request).list_page(
         user_id, of_user, limit=limit, cursor=cursor, status=status
     )
     headers = {}
@@ -231,22 +260,28 @@ async def list_orders(
 @orders.get(
     "/{order_id}/events",
     response_model=list[EventPublic],
-    responses=problems(401, 404),
+    responses={200: answer("The events"), **problems(401, 404)},
 )
 async def list_order_events(
-    order_id: UUID, user_id: CurrentUser, service: ServiceDep
+    order_id: OrderId, user_id: CurrentUser, request: Request
 ) -> list[Event]:
     """List what happened to an order, oldest first."""
-    return await service.history(user_id, order_id)
+    return await _orders(request).history(user_id, order_id)
 
 
-@service.get("/health")
+@service.get("/health", responses={200: answer("The process lives")})
 async def get_health() -> Health:
     """Answer while the process lives; no dependency is asked."""
     return Health()
 
 
-@service.get("/ready", responses={503: {"model": Readiness}})
+@service.get(
+    "/ready",
+    responses={
+        200: answer("Orders are taken; ok, or degraded"),
+        503: {"model": Readiness, **answer("The database is away")},
+    },
+)
 async def get_readiness(request: Request, response: Response) -> Readiness:
     """Say what the service can do now; 503 without its database."""
     state = request.app.state
@@ -312,6 +347,21 @@ def _condition(answers: bool, *, embedded: bool = False) -> str:
 
 # --- The app ----------------------------------------------------------------
 
+DESCRIPTION = """\
+Register, log in, and send the token as `Authorization: Bearer …`.
+
+Errors are JSON with a `detail` that says what to do. Every call takes an
+`X-Request-ID` of yours, or makes one: name it when you report a problem.
+"""
+TAGS = [
+    {"name": "users", "description": "Register, and log in."},
+    {
+        "name": "orders",
+        "description": "Create and read your orders, and move them along"
+        " PENDING → PAID → SHIPPED / CANCELED.",
+    },
+    {"name": "service", "description": "See how the service is."},
+]
 EXPOSED_HEADERS = (
     "ETag",
     "Idempotency-Replayed",
@@ -326,7 +376,6 @@ EXPOSED_HEADERS = (
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Wire the parts together, run the relays, and take all down again."""
-    configure_logging()
     settings: Settings = app.state.settings
     async with AsyncExitStack() as stack:
         database = Database(settings.database_url)
@@ -347,12 +396,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.cache = cache
         app.state.publisher = publisher
         app.state.limiter = RateLimiter(settings.rate_limit, reads)
-        app.state.service = OrderService(
+        app.state.orders = OrderService(
             database, cache, {kind: r.wake for kind, r in relays.items()}
         )
         await stack.enter_async_context(
             _running(publisher.run(), *(r.run() for r in relays.values()))
         )
+        gc.freeze()  # what is here now stays: do not search it for garbage
         yield
 
 
@@ -380,8 +430,8 @@ def connect_publisher(url: str | None, database: Database) -> Publisher:
 
     async def process(event: DueEvent) -> None:
         request_id.set(event.payload.get("request_id", "-"))
-        async with database.session() as session:
-            await session.run_sync(process_order, event.id)
+        async with database.autocommit.connect() as connection:
+            await connection.run_sync(process_order, event.id)
 
     return RabbitPublisher(url) if url else LocalPublisher(process)
 
@@ -392,13 +442,14 @@ def create_app(settings: Settings) -> FastAPI:
         static_url=DOCS_ASSETS,
         title="Orders",
         summary="Take, keep and process orders.",
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
         version="0.1.0",
         lifespan=lifespan,
-        generate_unique_id_function=lambda route: route.name,
     )
     app.state.settings = settings
-    for router in (users, orders, service):
-        app.include_router(router)
+    # Not by include_router, which would match the path of each call twice.
+    app.router.routes[:0] = orders.routes + users.routes + service.routes
     for error, handler in HANDLERS.items():
         app.add_exception_handler(error, handler)
     # The last one added is the first to see a call.
@@ -414,4 +465,6 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
+# Not in the lifespan: uvicorn logs before it.
+configure_logging()
 app = create_app(load_settings())

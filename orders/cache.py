@@ -10,14 +10,12 @@ tombstone surely lives. Redis away or hung is a miss, not an error.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import MaxConnectionsError, RedisError
 
 CACHE_TTL = 300  # seconds
 TOMBSTONE_TTL = 10  # seconds
@@ -25,16 +23,23 @@ MAX_FILL_AGE = 5  # seconds; well under TOMBSTONE_TTL
 TOMBSTONE = b""
 READ_TIMEOUT = 0.2  # seconds; a read has the database to fall back on
 WRITE_TIMEOUT = 2  # seconds; an invalidation is worth waiting for
-PAUSE = 1  # seconds that Redis is left alone after it failed
-MAX_CONNECTIONS = 100  # of one process, for reads and for writes each
+PAUSE = 0.5  # seconds that Redis is left alone after it failed
+REPORT_INTERVAL = 10  # seconds without a failure before the next is news
 MEMORY_SIZE = 10_000  # orders in the embedded cache
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+Command = tuple[str | bytes | int, ...]
 
 
 class CacheAway(Exception):
     """Redis did not answer, or failed a moment ago."""
+
+
+class Call(NamedTuple):
+    """Commands for Redis, and who waits for their answers."""
+
+    commands: tuple[Command, ...]
+    answers: asyncio.Future[list[Any]]
 
 
 class OrderCache(Protocol):
@@ -90,55 +95,89 @@ class MemoryCache:
 
 
 class RedisLink:
-    """A Redis client with a time limit that leaves a failed Redis alone.
+    """One connection to Redis, which all calls of a process share.
 
-    After a failure, calls raise CacheAway at once for PAUSE seconds; then one
-    call tries again while the others still skip.
+    Calls that come while a round trip is under way travel together in the
+    next. After a failure, calls raise CacheAway at once for PAUSE seconds;
+    then one tries again while the others still skip.
     """
 
     def __init__(self, url: str, *, timeout: float) -> None:
-        """Prepare a pool of connections; none is opened yet."""
-        self.pool = ConnectionPool.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            retry=Retry(NoBackoff(), 0),
+        """Prepare, with the time limit of a round trip; nothing connects."""
+        self._pool = ConnectionPool.from_url(
+            url, socket_timeout=None, retry=Retry(NoBackoff(), 0)
         )
-        self.client = Redis(connection_pool=self.pool)
-        self.timeout = timeout
+        self._connection = self._pool.make_connection()
+        self._timeout = timeout
+        self._calls: list[Call] = []
+        self._sender: asyncio.Task[None] | None = None
         self._failed = False
         self._retry_at = 0.0
+        self._report_at = 0.0
 
-    async def call(self, operation: Callable[[Redis], Awaitable[T]]) -> T:
-        """Return what the operation returns; CacheAway when it fails."""
+    async def call(self, *commands: Command) -> list[Any]:
+        """Return the answer to each command; CacheAway when one failed."""
         if self._failed:
             if time.monotonic() < self._retry_at:
                 raise CacheAway
             self._retry_at = time.monotonic() + PAUSE
+        call = Call(commands, asyncio.get_running_loop().create_future())
+        self._calls.append(call)
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._send())
+        return await call.answers
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._sender is not None:
+            self._sender.cancel()
+        await self._connection.disconnect()
+
+    async def _send(self) -> None:
+        """Make round trips until no call waits."""
+        calls: list[Call] = []
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self.timeout):
-                result = await operation(self.client)
-        except MaxConnectionsError as error:
-            raise CacheAway from error  # busy here, not away
-        except (RedisError, OSError) as error:
-            self._fail(error)
-            raise CacheAway from error
+            async with asyncio.timeout(self._timeout) as limit:
+                await self._pool.ensure_connection(self._connection)
+                while self._calls:
+                    calls, self._calls = self._calls, []
+                    await self._round_trip(calls)
+                    limit.reschedule(loop.time() + self._timeout)
+        except Exception as error:  # whatever it is, nobody may wait on
+            await self._connection.disconnect(nowait=True)
+            self._fail(error, calls)
+        finally:
+            self._sender = None
+
+    async def _round_trip(self, calls: list[Call]) -> None:
+        commands = [command for call in calls for command in call.commands]
+        await self._connection.send_packed_command(
+            self._connection.pack_commands(commands)
+        )
+        for call in calls:
+            answers = [
+                await self._connection.read_response() for _ in call.commands
+            ]
+            if not call.answers.done():  # its caller may be gone
+                call.answers.set_result(answers)
         if self._failed:
             self._failed = False
             logger.info("Redis answers again")
-        return result
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await self.pool.aclose()
-
-    def _fail(self, error: Exception) -> None:
-        if not self._failed:
-            reason = str(error) or type(error).__name__
+    def _fail(self, error: Exception, calls: list[Call]) -> None:
+        """Fail these calls, and those that waited behind them."""
+        moment, reason = time.monotonic(), str(error) or type(error).__name__
+        if moment >= self._report_at:  # a slow Redis fails now and then
             logger.warning("Redis is away, working without it: %s", reason)
         self._failed = True
-        self._retry_at = time.monotonic() + PAUSE
+        self._retry_at = moment + PAUSE
+        self._report_at = moment + REPORT_INTERVAL
+        calls += self._calls
+        self._calls = []
+        for call in calls:
+            if not call.answers.done():
+                call.answers.set_exception(CacheAway(reason))
 
 
 class RedisCache:
@@ -152,7 +191,7 @@ class RedisCache:
     async def get(self, order_id: UUID) -> bytes | None:
         """Return the cached bytes, or None; Redis away is a miss."""
         try:
-            value = await self._reads.call(lambda r: r.get(_key(order_id)))
+            (value,) = await self._reads.call(("GET", _key(order_id)))
         except CacheAway:
             return None
         return value or None
@@ -163,22 +202,19 @@ class RedisCache:
             return
         try:
             await self._reads.call(
-                lambda r: r.set(_key(order_id), value, nx=True, ex=CACHE_TTL)
+                ("SET", _key(order_id), value, "EX", CACHE_TTL, "NX")
             )
         except CacheAway:
             return
 
     async def invalidate(self, *order_ids: UUID) -> bool:
         """Write tombstones, in one round trip; False when Redis is away."""
-
-        async def write(redis: Redis) -> None:
-            async with redis.pipeline(transaction=False) as pipe:
-                for order_id in order_ids:
-                    pipe.set(_key(order_id), TOMBSTONE, ex=TOMBSTONE_TTL)
-                await pipe.execute()
-
+        tombstones = (
+            ("SET", _key(order_id), TOMBSTONE, "EX", TOMBSTONE_TTL)
+            for order_id in order_ids
+        )
         try:
-            await self._writes.call(write)
+            await self._writes.call(*tombstones)
         except CacheAway:
             return False
         return True
@@ -186,7 +222,7 @@ class RedisCache:
     async def ping(self) -> None:
         """Raise CacheAway unless Redis answers in time."""
         # On the link that invalidates: the relay asks before it replays.
-        await self._writes.call(lambda redis: redis.ping())
+        await self._writes.call(("PING",))
 
 
 def connect_cache(

@@ -2,24 +2,21 @@
 
 The rate limit is one budget over the whole API, counted for refused calls
 too, shared by all processes through Redis; while Redis is away each process
-counts in its own memory. The limits' syntax, the client's key and the memory
-counter are slowapi's, the shared counter is that of the library beneath it.
+counts in its own memory. The limits' syntax, the client's key and the counter
+in memory are slowapi's; the shared counter travels with the cache's calls.
 """
 
 import math
+import random
 import re
 import time
-import uuid
 from contextlib import suppress
 from typing import NamedTuple
 
 from limits import RateLimitItem, parse_many
-from limits.aio.storage import RedisStorage
-from limits.aio.strategies import FixedWindowRateLimiter
-from redis.asyncio import Redis
 from slowapi import Limiter
 from slowapi.util import get_remote_address
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,12 +45,13 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         given = Headers(scope=scope).get("x-request-id", "")
-        name = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        own = given and REQUEST_ID.fullmatch(given)
+        name = given if own else f"{random.getrandbits(128):032x}"
         request_id.set(name)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-ID"] = name
+                message["headers"].append((b"x-request-id", name.encode()))
             await send(message)
 
         return await self.app(scope, receive, send_with_id)
@@ -67,43 +65,45 @@ class Excess(NamedTuple):
 
 
 class RateLimiter:
-    """Count the calls of each client."""
+    """Count the calls of each client, in fixed windows."""
 
     def __init__(self, limits: str, redis: RedisLink | None) -> None:
         """Take limits such as `5/minute`, and Redis where there is one."""
         self._limits = parse_many(limits) if limits else []
         self._redis = redis
         self._local = Limiter(key_func=get_remote_address).limiter
-        self._shared = redis and FixedWindowRateLimiter(
-            RedisStorage(
-                "async+redis://",
-                implementation="redispy",
-                connection_pool=redis.pool,
-            )
-        )
 
     async def exceeded(self, request: Request) -> Excess | None:
         """Count a call; return what it exceeds, if anything."""
         client = get_remote_address(request)
         for limit in self._limits:
-            if (retry_at := await self._hit(limit, client)) is not None:
-                return Excess(limit, max(1, math.ceil(retry_at - time.time())))
+            retry_after = await self._hit(limit, client)
+            if retry_after is not None:
+                return Excess(limit, max(1, retry_after))
         return None
 
-    async def _hit(self, limit: RateLimitItem, client: str) -> float | None:
-        """Count a call; return the end of the window if it is one too many."""
-
-        async def hit_shared(_: Redis) -> float | None:
-            if await self._shared.hit(limit, client):
-                return None
-            return (await self._shared.get_window_stats(limit, client))[0]
-
+    async def _hit(self, limit: RateLimitItem, client: str) -> int | None:
+        """Count a call; return when it may come again if it is too many."""
         if self._redis is not None:
             with suppress(CacheAway):
-                return await self._redis.call(hit_shared)
+                return await self._hit_shared(self._redis, limit, client)
         if self._local.hit(limit, client):
             return None
-        return self._local.get_window_stats(limit, client)[0]
+        end, _ = self._local.get_window_stats(limit, client)
+        return math.ceil(end - time.time())
+
+    async def _hit_shared(
+        self, redis: RedisLink, limit: RateLimitItem, client: str
+    ) -> int | None:
+        key = limit.key_for(client)
+        (count,) = await redis.call(("INCR", key))
+        if 1 < count <= limit.amount:
+            return None
+        # Also at the excess, for a counter whose first call did not get here.
+        _, remaining = await redis.call(
+            ("EXPIRE", key, limit.get_expiry(), "NX"), ("TTL", key)
+        )
+        return remaining if count > limit.amount else None
 
 
 class LimitsMiddleware:

@@ -12,7 +12,7 @@ import uuid
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from email_validator import EmailNotValidError, validate_email
 from pydantic import (
@@ -187,6 +187,11 @@ def _whole_cents(price: float) -> float:
     return rounded
 
 
+def _example(**values: Any) -> ConfigDict:
+    """Return the configuration of a schema with an example in OpenAPI."""
+    return ConfigDict(json_schema_extra={"examples": [values]})
+
+
 Money = Annotated[
     float, Strict(), AllowInfNan(False), AfterValidator(_whole_cents)
 ]
@@ -217,19 +222,15 @@ class User(UserBase, table=True):
 class UserCreate(UserBase):
     """A registration."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"email": "ada@example.com", "password": "correct horse"}
-            ]
-        }
-    )
+    model_config = _example(email="ada@example.com", password="correct horse")
 
     password: str = Field(min_length=8, max_length=128)
 
 
 class UserPublic(SQLModel):
     """A user as the API shows it."""
+
+    model_config = _example(id=1, email="ada@example.com")
 
     id: int
     email: str
@@ -247,7 +248,7 @@ class Token(SQLModel):
 
 
 class OrderStatus(StrEnum):
-    """Where an order stands; TRANSITIONS says where it can go."""
+    """Where an order stands: it goes PENDING → PAID → SHIPPED / CANCELED."""
 
     PENDING = "PENDING"
     PAID = "PAID"
@@ -288,12 +289,8 @@ class OrderItem(SQLModel):
 class OrderCreate(SQLModel):
     """A wish for an order."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"items": [{"name": "tea", "quantity": 3, "price": 4.5}]}
-            ]
-        }
+    model_config = _example(
+        items=[{"name": "tea", "quantity": 3, "price": 4.5}]
     )
 
     items: list[OrderItem] = Field(min_length=1, max_length=MAX_ITEMS)
@@ -332,6 +329,9 @@ class Order(SQLModel, table=True):
     __tablename__ = "orders"
     __table_args__ = (
         CheckConstraint("total_price >= 0", name="orders_total_price_check"),
+        # Serve the list of a user's orders, newest first: all, and those in
+        # a status, which may be few among a million.
+        Index("orders_user_id_created_at_id", "user_id", "created_at", "id"),
         Index(
             "orders_user_id_status_created_at_id",
             "user_id",
@@ -339,9 +339,6 @@ class Order(SQLModel, table=True):
             "created_at",
             "id",
         ),
-        # Serve the list of a user's orders, newest first: all, and those in
-        # a status, which may be few among a million.
-        Index("orders_user_id_created_at_id", "user_id", "created_at", "id"),
     )
 
     id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
@@ -367,6 +364,15 @@ class Order(SQLModel, table=True):
 class OrderPublic(SQLModel):
     """An order as the API shows it."""
 
+    model_config = _example(
+        id="96d7d433-c31f-458f-80e0-2ca062dff923",
+        user_id=1,
+        items=[{"name": "tea", "quantity": 3, "price": 4.5}],
+        total_price=13.5,
+        status="PENDING",
+        created_at="2026-11-23T11:08:45.156771+00:00",
+    )
+
     id: uuid.UUID
     user_id: int
     items: list[OrderItem]
@@ -378,9 +384,7 @@ class OrderPublic(SQLModel):
 class StatusChange(SQLModel):
     """The status that an order should take."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"status": "PAID"}]}
-    )
+    model_config = _example(status="PAID")
 
     status: OrderStatus
 
@@ -458,10 +462,21 @@ class Event(SQLModel, table=True):
 class EventPublic(SQLModel):
     """An event of an order's history as the API shows it."""
 
+    model_config = _example(
+        kind="status_changed",
+        payload={"status": "PAID", "request_id": "my-request-7"},
+        created_at="2026-11-23T11:08:45.156771+00:00",
+        processed_at=None,
+    )
+
     kind: EventKind
-    payload: dict[str, Any]
+    payload: dict[str, Any] = Field(
+        description="The id of the request, and the status if it changed"
+    )
     created_at: datetime
-    processed_at: datetime | None
+    processed_at: datetime | None = Field(
+        description="When it took effect; null until then"
+    )
 
 
 # --- The service's own state ------------------------------------------------
@@ -476,13 +491,29 @@ class Health(SQLModel):
 class Readiness(SQLModel):
     """What the service can do now, and how each dependency is."""
 
-    status: str = Field(description="ok, degraded or unavailable")
-    database: str = Field(description="ok or unavailable")
-    cache: str = Field(description="ok, embedded or unavailable")
-    broker: str = Field(description="ok, embedded or unavailable")
+    status: Literal["ok", "degraded", "unavailable"]
+    database: Literal["ok", "unavailable"]
+    cache: Literal["ok", "embedded", "unavailable"]
+    broker: Literal["ok", "embedded", "unavailable"]
 
 
 class Problem(SQLModel):
     """An error that says what to do."""
 
+    model_config = _example(detail=NotFound.detail)
+
     detail: str
+
+
+class InvalidPart(SQLModel):
+    """What is senseless, and where."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+
+
+class Invalid(SQLModel):
+    """Why something that was sent is refused."""
+
+    detail: list[InvalidPart]

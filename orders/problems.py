@@ -4,58 +4,64 @@ No answer repeats what the client sent: it may be a password, or text that no
 answer can hold. Here stands also what OpenAPI says of the error answers.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
+from orders.db import OUTAGES
 from orders.middleware import MAX_BODY, TOO_LARGE
-from orders.models import OrdersError, Problem
+from orders.models import Invalid, OrdersError, Problem
 
 RETRY_AFTER = 2  # seconds that a client should wait out an outage
 
 DESCRIPTIONS = {
     400: "The body is not readable",
-    401: "No valid token",
+    401: "No valid token, or a wrong password",
     403: "Another user's",
     404: "No such order, or another user's",
-    409: "Not possible in the present state",
+    409: "The e-mail is taken, or the status is not a next one",
     412: "The order is no longer in the status that If-Match names",
     413: f"The body is larger than {MAX_BODY // 1024} KiB",
+    422: "Something sent is senseless: each detail says what, and where",
     429: "Over the rate limit",
     503: "The database is away",
 }
 
 
-def text_header(description: str) -> dict[str, Any]:
-    """Return OpenAPI's description of a text header."""
-    return {"description": description, "schema": {"type": "string"}}
+RETRY = {"Retry-After": "Seconds to wait before the next try"}
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY, 503: RETRY}
 
 
-RETRY_HEADERS = {
-    "Retry-After": text_header("Seconds to wait before the next try")
-}
-HEADERS = {
-    401: {"WWW-Authenticate": text_header("Bearer")},
-    429: RETRY_HEADERS,
-    503: RETRY_HEADERS,
-}
+def answer(
+    description: str, headers: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return OpenAPI's entry for an answer with these headers."""
+    described = {
+        **(headers or {}),
+        "X-Request-ID": "The request's id, as the log has it",
+    }
+    return {
+        "description": description,
+        "headers": {
+            name: {"description": text, "schema": {"type": "string"}}
+            for name, text in described.items()
+        },
+    }
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return OpenAPI's entries for the error answers of a route."""
     return {
         status: {
-            "model": Problem,
-            "description": DESCRIPTIONS[status],
-            "headers": HEADERS.get(status, {}),
+            "model": Invalid if status == 422 else Problem,
+            **answer(DESCRIPTIONS[status], HEADERS.get(status)),
         }
-        for status in (*statuses, 429, 503)
+        for status in (*statuses, 422, 429, 503)
     }
 
 
@@ -137,8 +143,6 @@ HANDLERS: dict[type[Exception], Any] = {
     OrdersError: refuse,
     HTTPException: refuse_http,
     RequestValidationError: refuse_invalid,
-    InterfaceError: refuse_unavailable,
-    OperationalError: refuse_unavailable,
-    PoolTimeoutError: refuse_unavailable,
+    **dict.fromkeys(OUTAGES, refuse_unavailable),
     Exception: fail,
 }

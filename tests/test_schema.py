@@ -6,6 +6,8 @@ import servers
 from conftest import User
 from test_journey import orders_command
 
+from orders.api import app
+
 
 def test_schemathesis_finds_nothing(tmp_path, http, pytestconfig):
     """All of its checks hold: no 5xx, no undocumented answer."""
@@ -32,3 +34,31 @@ def test_schemathesis_finds_nothing(tmp_path, http, pytestconfig):
 
     assert found.returncode == 0, found.stdout
     assert "Traceback" not in server.text()
+
+
+def test_the_schema_says_what_a_client_developer_asks():
+    """No answer without its meaning, no body without an example."""
+    schema = app.openapi()
+    operations = [
+        operation
+        for methods in schema["paths"].values()
+        for operation in methods.values()
+    ]
+    undescribed = [
+        (operation["operationId"], parameter["name"])
+        for operation in operations
+        for parameter in operation.get("parameters", [])
+        if "description" not in parameter
+    ]
+    tags = {tag["name"] for tag in schema["tags"] if tag["description"]}
+
+    assert undescribed == []
+    for operation in operations:
+        assert operation["description"]
+        assert {*operation["tags"]} <= tags
+        for answer in operation["responses"].values():
+            assert answer["description"] != "Successful Response"
+            assert "X-Request-ID" in answer["headers"]
+    for name, part in schema["components"]["schemas"].items():
+        if name.endswith(("Create", "Public", "Change")):
+            assert part["examples"]

@@ -65,6 +65,22 @@ def test_a_senseless_value_is_refused_by_name(name, value):
     assert "u:p@" not in str(refused.value)
 
 
+def said_at_start(folder, command, **env):
+    """Return what a program prints that cannot start."""
+    program, *arguments = command
+    ended = subprocess.run(
+        [Path(sys.executable).parent / program, *arguments],
+        cwd=folder,
+        env={**os.environ, "JWT_SECRET_KEY": SECRET, **env},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    # The parent of several workers ends without an error of its own.
+    assert ended.returncode != 0 or "--workers" in command
+    return ended.stdout + ended.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "variable"),
     [
@@ -85,20 +101,9 @@ def test_a_bad_setting_stops_the_start_with_one_line(
         "RATE_LIMIT": {"RATE_LIMIT": "banana"},
         "DATABASE_URL": {"DATABASE_URL": "postgresql://127.0.0.1:1/x"},
     }[variable]
-    program, *arguments = command
 
-    ended = subprocess.run(
-        [Path(sys.executable).parent / program, *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "JWT_SECRET_KEY": SECRET, **bad},
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    output = said_at_start(tmp_path, command, **bad)
 
-    output = ended.stdout + ended.stderr
-    # The parent of several workers ends without an error of its own.
-    assert ended.returncode != 0 or "--workers" in command
     assert f"orders cannot start: {variable}" in output
     assert "Traceback" not in output
 
