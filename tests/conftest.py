@@ -5,7 +5,10 @@ RabbitMQ, started once a session; it is skipped where they are not installed.
 """
 
 import contextlib
+import itertools
 import os
+import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +24,8 @@ os.environ["JWT_SECRET_KEY"] = "0123456789abcdef" * 4
 for name in ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL", "RATE_LIMIT"):
     os.environ.pop(name, None)
 
+pytest.register_assert_rewrite("faults")
+
 import servers
 from fastapi.testclient import TestClient
 
@@ -29,7 +34,54 @@ from orders.api import create_app
 from orders.settings import Settings
 
 PASSWORD = "correct horse battery"
+SECRET = "never-in-a-log"  # of the private servers, which take any
 ITEMS = [{"name": "tea", "quantity": 3, "price": 0.1}]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the tests of faults run longer, and repeat what a run did."""
+    group = parser.getgroup("faults")
+    group.addoption(
+        "--fault-minutes",
+        type=float,
+        default=0,
+        help="go on this long in each test of a fault; default: a few seconds",
+    )
+    group.addoption(
+        "--fault-seed",
+        type=int,
+        default=random.SystemRandom().randrange(10**6),
+        help="choose moments and victims as the run that printed this seed",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Print the seed, which repeats a run."""
+    return f"faults: --fault-seed={config.getoption('fault_seed')}"
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """Return what chooses moments and victims."""
+    seed = request.config.getoption("fault_seed")
+    return random.Random(f"{seed} {request.node.name}")
+
+
+@pytest.fixture
+def rounds(
+    request: pytest.FixtureRequest,
+) -> Callable[[int], Iterator[int]]:
+    """Return what counts rounds: a few, or for as long as was asked for."""
+    minutes = request.config.getoption("fault_minutes")
+
+    def count(few: int) -> Iterator[int]:
+        end = time.monotonic() + 60 * minutes
+        for number in itertools.count():
+            if number >= few and time.monotonic() >= end:
+                return
+            yield number
+
+    return count
 
 
 @dataclass(frozen=True)
@@ -48,7 +100,7 @@ class Stack:
     @property
     def rabbitmq_url(self) -> str:
         """Return where RabbitMQ is."""
-        return f"amqp://guest:guest@127.0.0.1:{self.rabbitmq.port}/"
+        return servers.rabbitmq_url(self.rabbitmq)
 
     def database_url(self, name: str) -> str:
         """Return where one of the databases is."""
@@ -125,6 +177,60 @@ def http() -> Iterator[Callable[[servers.Server], httpx2.Client]]:
                 base_url=f"http://127.0.0.1:{server.port}", timeout=10
             )
         )
+
+
+@pytest.fixture(scope="module")
+def frail_rabbitmq(
+    stack: Stack, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[servers.Server]:
+    """Run a broker that tests harm, and heal before they end."""
+    folder = tmp_path_factory.mktemp("rabbitmq")
+    with servers.running(servers.rabbitmq(folder)) as server:
+        yield server
+
+
+@pytest.fixture
+def private_rabbitmq(
+    production: Settings, frail_rabbitmq: servers.Server
+) -> tuple[servers.Server, Settings]:
+    """Return a broker that may be harmed."""
+    url = servers.rabbitmq_url(frail_rabbitmq)
+    return frail_rabbitmq, replace(production, rabbitmq_url=url)
+
+
+@pytest.fixture
+def private_redis(
+    production: Settings, tmp_path: Path
+) -> Iterator[tuple[servers.Server, Settings]]:
+    """Run a Redis that may be harmed."""
+    with servers.running(servers.redis(tmp_path)) as server:
+        url = f"redis://default:{SECRET}@127.0.0.1:{server.port}/0"
+        yield server, replace(production, redis_url=url)
+
+
+@pytest.fixture
+def private_postgres(
+    production: Settings, tmp_path: Path
+) -> Iterator[tuple[servers.Server, Settings]]:
+    """Run a database that may be harmed."""
+    with servers.running(servers.postgres(tmp_path)) as server:
+        address = f"127.0.0.1:{server.port}"
+        url = f"postgresql://postgres:{SECRET}@{address}/postgres"
+        migrate(url)
+        yield server, replace(production, database_url=url)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., servers.Server]]:
+    """Return what runs an API or a worker until the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def start(factory, settings, **env):
+            env = environment(settings) | env
+            server = factory(tmp_path, env)
+            return stack.enter_context(servers.running(server))
+
+        yield start
 
 
 @pytest.fixture

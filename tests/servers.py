@@ -19,6 +19,7 @@ import httpx2
 import psycopg
 
 START_TIMEOUT = 60  # seconds
+BROKER_PASSWORD = "never-to-be-logged"
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 PYTHON = Path(sys.executable).parent
 
@@ -244,6 +245,7 @@ def rabbitmq(folder: Path) -> Server:
             # Not the machine's own configuration.
             "RABBITMQ_CONF_ENV_FILE": str(folder / "none"),
             "RABBITMQ_CONFIG_FILE": str(folder / "none"),
+            "RABBITMQ_DEFAULT_PASS": BROKER_PASSWORD,
             "RABBITMQ_NODENAME": f"{name}@localhost",
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODE_PORT": str(port),
@@ -253,6 +255,21 @@ def rabbitmq(folder: Path) -> Server:
             "RABBITMQ_PID_FILE": str(folder / "rabbitmq.pid"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
         },
+    )
+
+
+def rabbitmq_url(server: Server) -> str:
+    """Return where a private RabbitMQ is."""
+    return f"amqp://guest:{BROKER_PASSWORD}@127.0.0.1:{server.port}/"
+
+
+def rabbitmqctl(server: Server, *arguments: str) -> None:
+    """Tell a private RabbitMQ something."""
+    subprocess.run(
+        [RABBITMQ.with_name("rabbitmqctl"), *arguments],
+        env=server.env,
+        check=True,
+        capture_output=True,
     )
 
 
