@@ -1,19 +1,408 @@
-"""The README tells the truth: its calls are made, its names looked up."""
+"""The README tells the truth: what it shows is run, its names looked up.
 
+Each command in it has a case here, or the first test fails. They run in a
+copy of the tree, as a reader runs them, except for what would change the
+machine or take minutes: its case adds an option that keeps it from that.
+Docker cannot be counted on. Its commands are compared with `compose.yaml`,
+and the commands in that file run without it; the images are not tried.
+"""
+
+import json
 import re
+import shlex
+import shutil
+import socket
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import pika
+import pytest
 import servers
-from test_journey import orders_command
+import yaml
+from conftest import User, environment
+from dotenv import dotenv_values
+from fastapi.testclient import TestClient
+from test_journey import orders_command, processed_lines
+from test_settings import said_at_start
+
+from orders import auth
+from orders.api import create_app
+from orders.rabbitmq import QUEUE
+from orders.settings import SettingsError, parse_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 VOLATILE = {
     r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}": "<uuid>",
     r"\d{4}-\d\d-\d\dT[0-9:.]+\+00:00": "<time>",
     r"in \d+ seconds": "in <n> seconds",
 }
+
+
+# --- Commands ---------------------------------------------------------------
+
+ONE_TEST = "tests/test_settings.py -k nothing_but_a_secret"
+# Commands that end, and how each is run: `{}` is the command.
+ENDING = {
+    ".ci/run": "bash -n {}",
+    "apt-get install postgresql redis-server rabbitmq-server chromium"
+    " chromium-driver": "{} --simulate",
+    "pip install uv": "{} --dry-run",
+    "uv add NAME": "{} --frozen",
+    "uv run alembic revision --autogenerate -m TEXT": (
+        "uv run alembic upgrade head && {}"
+    ),
+    "uv run alembic revision -m returned": "uv run alembic upgrade head && {}",
+    'uv run alembic revision --autogenerate -m "order note"': (
+        "uv run alembic upgrade head && {}"
+    ),
+    "uv run python tests/benchmark.py": "{} --rounds 1 --only start",
+    "uv run pytest": f"{{}} {ONE_TEST}",
+    "uv run pytest --cov=orders": f"{{}} {ONE_TEST}",
+    "uv run pytest -k NAME": f"{{}} {ONE_TEST}",
+    "uv run ruff check .": "{}",
+    "uv run ruff format .": "{} --exit-non-zero-on-format",
+}
+SERVING = {
+    "uv run orders",
+    "APP_PORT=8001 uv run orders",
+    "RATE_LIMIT= uv run orders",
+}
+# The production stack without containers: migration, API, worker.
+STACK = (
+    "uv run alembic upgrade head",
+    "uv run uvicorn orders.api:app --workers 2",
+    "uv run celery -A orders.tasks worker --loglevel=info",
+)
+SET_UP = "cp .env.example .env"
+DELETE_QUEUE = "rabbitmqctl delete_queue orders"
+DOCKER = re.compile(
+    "docker compose (build|up|(stop|start|pause|unpause|kill) "
+    f"({'|'.join(COMPOSE['services'])}))"
+)
+
+
+def shown_commands():
+    """Return every command in the README, but for those in a console."""
+    prose = re.sub("```.*?```", "", README, flags=re.DOTALL)
+    spans = (" ".join(s.split()) for s in re.findall("`([^`]+)`", prose))
+    typed = [
+        span
+        for span in spans
+        # Words after a program's name, or a program in the tree.
+        if re.match(r"([A-Z_]+=\S* )*[a-z.][\w./-]* \S", span)
+        or ((ROOT / span).is_file() and (ROOT / span).stat().st_mode & 0o100)
+    ]
+    for block in re.findall("```sh\n(.*?)```", README, re.DOTALL):
+        typed += [line.partition("#")[0] for line in block.splitlines()]
+    quoted = {message for _, message in troubles()}
+    parts = {part.strip() for line in typed for part in line.split("&&")}
+    return parts - quoted
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Return a copy of the tree, without what git ignores."""
+    ignored = (ROOT / ".gitignore").read_text().split()
+    patterns = [pattern.rstrip("/") for pattern in ignored]
+    return shutil.copytree(
+        ROOT,
+        tmp_path / "orders",
+        ignore=shutil.ignore_patterns(".git", *patterns),
+    )
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """Return the environment of a reader: no setting, and nothing of ours."""
+    env = servers.without_coverage()
+    for name in ("JWT_SECRET_KEY", "VIRTUAL_ENV"):
+        env.pop(name, None)
+    venv = tmp_path_factory.mktemp("venv")
+    return env | {"UV_PROJECT_ENVIRONMENT": str(venv)}
+
+
+def shell(command, folder, env, **options):
+    """Return a command that serves as a process, run by a shell."""
+    return servers.Server(
+        ["bash", "-c", command], folder=folder, env=env, **options
+    )
+
+
+def serves(port):
+    """Return what asks whether the API is there."""
+    return lambda: servers.answers(f"http://127.0.0.1:{port}/health")
+
+
+def test_every_command_has_a_case():
+    """Who adds a command to the README says here how it is tried."""
+    known = {*ENDING, *SERVING, *STACK, SET_UP, DELETE_QUEUE}
+    shown = shown_commands()
+
+    assert known - shown == set()
+    assert [c for c in shown - known if not DOCKER.fullmatch(c)] == []
+    languages = re.findall(r"```(\w*)\n.*?```", README, re.DOTALL)
+    assert set(languages) == {"mermaid", "sh", "console"}
+
+
+@pytest.mark.parametrize("command", ENDING)
+def test_a_command_of_the_readme_succeeds(tree, reader, command):
+    """It runs in a new copy of the tree."""
+    program = command.split()[0]
+    if not (shutil.which(program) or (ROOT / program).exists()):
+        pytest.skip(f"{program} is not on this machine")
+    if "benchmark" in command and (lacking := servers.missing()):
+        pytest.skip(f"apt-get install {' '.join(lacking)} to run this")
+
+    ended = subprocess.run(
+        ["bash", "-c", ENDING[command].format(command)],
+        cwd=tree,
+        env=reader,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("command", sorted(SERVING))
+def test_a_command_of_the_readme_serves(tree, reader, command):
+    """It answers on the port that it is given."""
+    port = servers.free_port()
+    env = reader | {"APP_PORT": str(port)}
+    command = command.replace("8001", str(port))
+    server = shell(command, tree, env, port=port, ready=serves(port))
+
+    with servers.running(server):
+        assert f"http://127.0.0.1:{port}/docs" in server.text()
+
+
+def test_the_example_is_usable_once_its_secrets_are_replaced(tree, reader):
+    """As it is copied it is refused, and by name."""
+    subprocess.run(shlex.split(SET_UP), cwd=tree, check=True)
+    copied = (tree / ".env").read_text()
+    with pytest.raises(SettingsError, match="JWT_SECRET_KEY is a placeholder"):
+        parse_settings(dotenv_values(tree / ".env"))
+    for command in re.findall("REPLACE with `([^`]+)`", copied):
+        assert subprocess.check_output(shlex.split(command)).strip()
+    replaced, places = re.subn("=change-me.*", f"={'5ec2e7' * 8}", copied)
+    (tree / ".env").write_text(replaced)
+
+    values = dotenv_values(tree / ".env")
+    settings = parse_settings(values)
+
+    assert places == 3
+    assert "5ec2e7@postgres:5432" in settings.database_url
+    assert "5ec2e7@rabbitmq:5672" in str(settings.rabbitmq_url)
+    assert set(re.findall(r"\$\{(\w+)", str(COMPOSE))) <= values.keys()
+
+
+def test_compose_and_the_example_name_what_exists():
+    """Hosts, users and databases agree; so do the files of the image."""
+    services = COMPOSE["services"]
+    example = dotenv_values(ROOT / ".env.example")
+    names = ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL")
+    database, cache, broker = (urlsplit(example[name]) for name in names)
+    hosts = [url.hostname for url in (database, cache, broker)]
+    made = {
+        key: value
+        for name in hosts
+        for key, value in services[name].get("environment", {}).items()
+    }
+
+    assert hosts == ["postgres", "redis", "rabbitmq"]
+    assert database.username == made["POSTGRES_USER"]
+    assert database.path == f"/{made['POSTGRES_DB']}"
+    assert broker.username == made["RABBITMQ_DEFAULT_USER"]
+    for service in services.values():
+        for name, need in service.get("depends_on", {}).items():
+            healthy = need["condition"] == "service_healthy"
+            assert healthy == ("test" in services[name].get("healthcheck", {}))
+        for volume in service.get("volumes", []):
+            assert volume.split(":")[0] in COMPOSE["volumes"]
+    let_in = (ROOT / ".dockerignore").read_text().split()
+    for sources in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE):
+        for source in sources.split():
+            assert (ROOT / source).exists()
+            assert f"!{source}" in let_in
+
+
+COMPOSED = tuple(
+    shlex.join(COMPOSE["services"][name]["command"])
+    for name in ("migrate", "api", "worker")
+)
+
+
+@pytest.mark.parametrize(
+    "commands", [STACK, COMPOSED], ids=["README", "compose"]
+)
+def test_the_production_commands_process_an_order(
+    production, stack, databases, tree, reader, http, commands
+):
+    """They start on an empty database; the image's health check agrees."""
+    migrate, api, worker = commands
+    name = f"readme{next(databases)}"
+    stack.execute(f"CREATE DATABASE {name}")
+    settings = replace(production, database_url=stack.database_url(name))
+    port = servers.free_port()
+    env = reader | environment(settings)
+    env |= dict.fromkeys(("APP_PORT", "UVICORN_PORT"), str(port))
+    subprocess.run(["bash", "-c", migrate], cwd=tree, env=env, check=True)
+    health = json.loads(
+        re.search(r"^HEALTHCHECK .*\\\n +CMD (.*)$", DOCKERFILE, re.M)[1]
+    )
+    health[0] = sys.executable
+
+    with (
+        servers.running(
+            shell(api, tree, env, port=port, ready=serves(port))
+        ) as server,
+        servers.running(
+            shell(worker, tree, env, port=0, ready=lambda: True)
+        ) as reading,
+    ):
+        ada = User(http(server), "ada@example.com")
+        order_id = ada.order()
+        servers.wait_until(lambda: ada.processed(order_id), 20)
+        subprocess.run(health, env=env, check=True)
+
+    assert processed_lines(reading.text(), order_id) == 1
+    assert subprocess.run(health, env=env, capture_output=True).returncode != 0
+
+
+# --- Troubleshooting --------------------------------------------------------
+
+
+def troubles():
+    """Return the status, if any, and the message of each row."""
+    section = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    return re.findall(r"^\| (\d{3} |)`([^`]+)`", section, re.MULTILINE)
+
+
+def at_start(*command, **env):
+    """Return what tells the output of a program that cannot start."""
+    return lambda request: said_at_start(
+        request.getfixturevalue("tmp_path"), command, **env
+    )
+
+
+def on_a_taken_port(request):
+    """Start where another program listens."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        return at_start("orders", APP_PORT=str(port))(request)
+
+
+def answer(settings, calls=1, minutes=30):
+    """Return the answer to a user's last call, with a token for minutes."""
+    with TestClient(create_app(settings)) as client:
+        issuer = replace(settings, jwt_expire_minutes=minutes)
+        token = auth.issue_token(issuer, 1).access_token
+        headers = {"Authorization": f"Bearer {token}"}
+        for _ in range(calls):
+            last = client.get("/orders/user/1", headers=headers)
+    return f"{last.status_code} {last.json()['detail']}"
+
+
+def limited(request):
+    """Call once too often."""
+    settings = request.getfixturevalue("embedded")
+    return answer(replace(settings, rate_limit="5/minute"), calls=6)
+
+
+def expired(request):
+    """Call with an old token."""
+    return answer(request.getfixturevalue("embedded"), minutes=-1)
+
+
+def without_a_database(request):
+    """Call while nobody listens there."""
+    settings = request.getfixturevalue("embedded")
+    return answer(replace(settings, database_url=NOBODY["postgresql"]))
+
+
+def log_until(request, settings, wanted):
+    """Return the log of the app, up to what is wanted."""
+    caplog = request.getfixturevalue("caplog")
+    with TestClient(create_app(settings)):
+        servers.wait_until(lambda: wanted in caplog.text, 20)
+    return caplog.text
+
+
+def without_a_broker(request):
+    """Start while nobody listens there."""
+    settings = request.getfixturevalue("embedded")
+    url = NOBODY["amqp"]
+    return log_until(request, replace(settings, rabbitmq_url=url), "away")
+
+
+def without_tables(request):
+    """Start on a database that nobody migrated."""
+    settings = request.getfixturevalue("production")
+    url = request.getfixturevalue("stack").database_url("postgres")
+    return log_until(request, replace(settings, database_url=url), "halts")
+
+
+def with_another_queue(request):
+    """Start when the queue is of another kind; the mend is tried, too."""
+    rabbitmq, settings = request.getfixturevalue("private_rabbitmq")
+    parameters = pika.URLParameters(settings.rabbitmq_url)
+    with pika.BlockingConnection(parameters) as connection:
+        connection.channel().queue_declare(QUEUE, durable=True)
+    log_until(request, settings, "away")
+    control, *arguments = shlex.split(DELETE_QUEUE)
+    control = servers.RABBITMQ.with_name(control)
+    subprocess.run([control, *arguments], env=rabbitmq.env, check=True)
+    return log_until(request, settings, "RabbitMQ is connected")
+
+
+NOBODY = {
+    scheme: f"{scheme}://127.0.0.1:1/x" for scheme in ("postgresql", "amqp")
+}
+PROVOKED = {
+    "orders cannot start: JWT_SECRET_KEY is not set": at_start(
+        "uvicorn", "orders.api:app", JWT_SECRET_KEY=""
+    ),
+    "orders cannot start: DATABASE_URL: …Connection refused": at_start(
+        "orders", DATABASE_URL=NOBODY["postgresql"]
+    ),
+    "orders cannot start: RABBITMQ_URL is not set": at_start(
+        "celery", "-A", "orders.tasks", "worker"
+    ),
+    "address already in use": on_a_taken_port,
+    "More than 5 per 1 minute": limited,
+    "Not authenticated": expired,
+    "The database is away": without_a_database,
+    'relation "events" does not exist': without_tables,
+    "RabbitMQ is away": without_a_broker,
+    "PRECONDITION_FAILED … inequivalent arg": with_another_queue,
+}
+
+
+def test_every_trouble_has_a_case():
+    """Who adds a row to the table says here how it is provoked."""
+    section = README.split("## Troubleshooting")[1].split("\n## ")[0]
+
+    assert len(troubles()) == section.count("\n|") - 2
+    assert {message for _, message in troubles()} == PROVOKED.keys()
+
+
+@pytest.mark.parametrize(("status", "message"), troubles())
+def test_a_trouble_is_printed_as_quoted(request, status, message):
+    """Who searches the README for what they see finds it."""
+    printed = PROVOKED[message](request)
+
+    pattern = re.escape(status + message).replace("…", ".*")
+    assert re.search(pattern, printed), printed
+
+
+# --- The tutorial -----------------------------------------------------------
 
 
 def settled(text):
@@ -42,6 +431,9 @@ def test_the_first_order_goes_as_the_readme_shows(tmp_path):
     assert settled("\n".join(lines)) == settled(expected)
 
 
+# --- What it says -----------------------------------------------------------
+
+
 def test_every_file_and_name_of_the_readme_exists():
     """Who follows a name finds it."""
     for file, names in re.findall(r"`(\w+\.py)`: ([^|;\n)]+)", README):
@@ -51,18 +443,37 @@ def test_every_file_and_name_of_the_readme_exists():
                 assert name.rsplit(".")[-1] in code, name
 
 
+def test_every_name_in_the_exercises_exists():
+    """Who does one finds each thing where it is, but for what is to be new."""
+    exercises = README.split("## Three exercises")[1].split("\n## ")[0]
+    names = set(re.findall(r"`([A-Za-z_.]+)`", exercises))
+    code = "".join(
+        path.read_text()
+        for folder in ("orders", "tests", "migrations")
+        for path in (ROOT / folder).glob("**/*.py")
+        if path != Path(__file__)
+    )
+    words = set(re.findall(r"\w+", code))
+    absent = {n for n in names if n.rpartition(".")[2] not in words}
+
+    assert absent == {"RETURNED", "server_default"}
+
+
 def test_every_guarantee_names_a_test():
     """A promise without a test is none."""
-    tests = "".join(
-        f"{path.stem} {path.read_text()}"
+    tests = [
+        name
         for path in Path(__file__).parent.glob("test_*.py")
-    )
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    ]
     guarantees = README.split("## Guarantees")[1].split("\n## ")[0]
-    names = re.findall(r"\| `(\w+)` \|$", guarantees, re.MULTILINE)
+    rows = re.findall(r"^\| [A-Z].*\| (.*) \|$", guarantees, re.MULTILINE)
 
-    assert names
-    for name in names:
-        assert name in tests
+    assert rows
+    for row in rows:
+        named = re.findall(r"`(\w+)`", row)
+        assert named
+        assert [n for n in named if not any(n in t for t in tests)] == []
 
 
 def test_the_readme_states_the_size_of_the_package():
