@@ -11,84 +11,68 @@ from pathlib import Path
 import uvicorn
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.exc import SQLAlchemyError
 
-from orders.logs import CONFIG, configure_logging
-from orders.settings import (
-    ENV_FILE,
-    STARTUP_FAILURE,
-    Settings,
-    load_settings,
-    read_environment,
-)
+from orders.logs import configure_logging
+from orders.settings import ENV_FILE, Settings, load_settings, refuse_to_start
 
 ALEMBIC_INI = Path(__file__).parent.parent / "alembic.ini"
 SHUTDOWN_TIMEOUT = 5  # seconds that calls in progress get to finish
+MAX_CONNECTIONS = 900  # more are answered 503; a process may open 1024 files
 
 
 def main() -> None:
     """Set up what is missing, migrate, and serve until interrupted."""
-    if not read_environment().get("JWT_SECRET_KEY"):
+    if not load_settings(secret=False).jwt_secret_key:
         write_env_file()
     settings = load_settings()
-    configure_logging()
-    migrate()
-    print(banner(settings), flush=True)
+    configure_logging(settings.log_format)
+    command.upgrade(Config(ALEMBIC_INI), "head")
+    if settings.log_format == "text":
+        print(banner(settings), flush=True)
     uvicorn.run(
         "orders.api:app",
         host=settings.app_host,
         port=settings.app_port,
-        log_config=CONFIG,
+        workers=settings.web_concurrency,
+        log_config=None,  # ours: here, and in `orders.api` in each process
         forwarded_allow_ips=settings.forwarded_allow_ips,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
     )
 
 
 def write_env_file() -> None:
     """Write `.env`, for this user's eyes only; an existing one is kept."""
+    text = (
+        "# Written by the first `uv run orders`; .env.example explains every"
+        f" variable.\nJWT_SECRET_KEY={secrets.token_hex(32)}\n"
+    )
     try:
         handle = os.open(ENV_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
     except FileExistsError:
         return
-    with os.fdopen(handle, "w") as file:
-        file.write(
-            "# Written by the first `uv run orders`; .env.example explains"
-            " every variable.\n"
-            f"JWT_SECRET_KEY={secrets.token_hex(32)}\n"
-        )
-
-
-def migrate() -> None:
-    """Bring the database to the newest revision, or end with one line."""
-    try:
-        command.upgrade(Config(ALEMBIC_INI), "head")
-    except SQLAlchemyError as error:
-        reason = str(error).splitlines()[0]
-        print(f"orders cannot start: DATABASE_URL: {reason}", flush=True)
-        raise SystemExit(STARTUP_FAILURE) from None
+    except OSError as error:
+        refuse_to_start(f"{error}: set JWT_SECRET_KEY, or a folder to write")
 
 
 def banner(settings: Settings) -> str:
     """Return what a person wants to know first."""
-    host = settings.app_host.replace("0.0.0.0", "127.0.0.1")
+    host = settings.app_host.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
     url = f"http://{host}:{settings.app_port}"
-    backend = settings.database_url.split(":")[0].split("+")[0]
-    return "\n".join(
-        (
-            "",
-            f"  orders    {url}",
-            f"  docs      {url}/docs",
-            f"  database  {backend}",
-            f"  cache     {'redis' if settings.redis_url else 'in process'}",
-            "  events    "
-            + (
-                "rabbitmq, to a Celery worker"
-                if settings.rabbitmq_url
-                else "in process"
-            ),
-            "",
-        )
-    )
+    worker = "rabbitmq, to a Celery worker"
+    limit = settings.rate_limit or "none"
+    rows = {
+        "orders": url,
+        "docs": f"{url}/docs",
+        "database": settings.database_url.split(":")[0].split("+")[0],
+        "cache": "redis" if settings.redis_url else "in process",
+        "events": worker if settings.rabbitmq_url else "in process",
+        "limit": f"{limit}; `RATE_LIMIT= uv run orders` lifts it",
+    }
+    lines = (f"  {name:<9} {value}" for name, value in rows.items())
+    return "\n".join(("", *lines, ""))
 
 
 if __name__ == "__main__":

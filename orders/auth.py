@@ -1,4 +1,4 @@
-"""Know the caller: passwords, tokens, and who a request comes from.
+"""Know the caller: users, passwords, tokens.
 
 Passwords are hashed with Argon2id in a few threads of their own, so that
 logins neither block the event loop nor fill the memory. Tokens are JWTs
@@ -7,141 +7,188 @@ signed with a shared secret; they carry the user's id and nothing else.
 
 import asyncio
 import os
+import sys
 import time
+import unicodedata
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
+from typing import Annotated, Any, TypeVar
 
 import jwt
-from fastapi import Request
-from fastapi.security import OAuth2PasswordBearer
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
+from pydantic import AfterValidator, BeforeValidator, EmailStr, TypeAdapter
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import select
+from sqlmodel import Field, SQLModel
 
 from orders.db import Database
-from orders.models import (
-    EmailTaken,
-    Token,
-    Unauthorized,
-    User,
-    UserCreate,
-    UserPublic,
-    canonical_email,
-)
+from orders.models import Refusal, Schema, example
 from orders.settings import Settings
 
+MAX_EMAIL = 254  # characters; RFC 5321, section 4.5.3.1.3
 MAX_USER_ID = 2**31 - 1  # PostgreSQL's integer
+MAX_HASHES = 32  # passwords that wait for a thread, about a second's
+NO_STORE = {"Cache-Control": "no-store"}  # RFC 6749, section 5.1
+INVALID_GRANT = {"error": "invalid_grant"}  # RFC 6749, section 5.2
+# RFC 6750, section 3:
+BEARER = {"WWW-Authenticate": "Bearer"}
+INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
 VERIFIED_TOKENS = 4096  # whose signature need not be checked again
 
+
+def _fold(address: Any) -> Any:
+    """Return an address in which case and Unicode form tell nobody apart."""
+    # Unicode's NFKC_Casefold: a second pass changes nothing.
+    if not isinstance(address, str):
+        return address
+    folded = unicodedata.normalize("NFKC", address).casefold()
+    return unicodedata.normalize("NFKC", folded)
+
+
+def _check_folded(address: str) -> str:
+    """Return the address if it is its own normal form, and short enough."""
+    if len(address) > MAX_EMAIL or _fold(address) != address:
+        raise ValueError(f"use at most {MAX_EMAIL} characters, common ones")
+    return address
+
+
+Folded = BeforeValidator(_fold)
+Email = Annotated[EmailStr, Folded, AfterValidator(_check_folded)]
+canonical_email = TypeAdapter[str](Email).validate_python
+
+
+ADA = "ada@example.com"
+
+
+class User(SQLModel, table=True):
+    """A registered user."""
+
+    __tablename__ = "users"
+
+    id: int | None = Field(default=None, primary_key=True)
+    email: str = Field(max_length=MAX_EMAIL, unique=True)
+    hashed_password: str
+
+
+USERS = SQLModel.metadata.tables["users"]
+
+
+class UserCreate(Schema):
+    """A registration."""
+
+    model_config = example(email=ADA, password="correct horse")  # noqa: S106
+
+    email: Email = Field(max_length=MAX_EMAIL)
+    password: str = Field(min_length=8, max_length=128)
+
+
+class UserPublic(SQLModel):
+    """A user as the API shows it."""
+
+    model_config = example(id=1, email=ADA)
+
+    id: int
+    email: str
+
+
+class Token(SQLModel):
+    """An OAuth2 access token response (RFC 6749, section 5.1)."""
+
+    access_token: str
+    token_type: str = "bearer"  # noqa: S105
+    expires_in: int = Field(description="Seconds that the token is valid")
+    user_id: int = Field(description="Whose token it is; lists your orders")
+
+
 # OWASP's Argon2id parameters: 19 MiB, two passes, one lane.
-passwords = PasswordHash(
-    (Argon2Hasher(memory_cost=19_456, time_cost=2, parallelism=1),)
-)
+ARGON2 = Argon2Hasher(memory_cost=19_456, time_cost=2, parallelism=1)
+passwords = PasswordHash((ARGON2,))
 # Verified in place of a user who does not exist, which takes as long.
 DUMMY_HASH = passwords.hash("nobody has this password")
+Result = TypeVar("Result")
 
 
-def _yield_to_event_loop() -> None:
-    """Lower this thread's priority, where the system has one a thread."""
-    if hasattr(os, "sched_getaffinity"):  # Linux, where nice is per thread
-        os.nice(10)
+class Accounts:
+    """Register users, and know them again."""
 
-
-hashing = ThreadPoolExecutor(
-    os.cpu_count(), "hashing", initializer=_yield_to_event_loop
-)
-
-
-async def register(database: Database, draft: UserCreate) -> UserPublic:
-    """Keep a new user; raise EmailTaken when the address is in use."""
-    loop = asyncio.get_running_loop()
-    hashed = await loop.run_in_executor(
-        hashing, passwords.hash, draft.password
-    )
-    user = User(email=draft.email, hashed_password=hashed)
-    async with database.session() as session:
-        session.add(user)
-        try:
-            await session.commit()
-        except IntegrityError:
-            raise EmailTaken from None
-        return UserPublic.model_validate(user)
-
-
-async def authenticate(database: Database, email: str, password: str) -> int:
-    """Return the user's id; Unauthorized for an unknown user or password.
-
-    Both take the same time, so that nobody learns who is registered.
-    """
-    user = await _find_user(database, email)
-    hashed = user.hashed_password if user else DUMMY_HASH
-    loop = asyncio.get_running_loop()
-    matches = await loop.run_in_executor(
-        hashing, passwords.verify, password, hashed
-    )
-    if user is None or user.id is None or not matches:
-        raise Unauthorized("Incorrect e-mail or password")
-    return user.id
-
-
-async def _find_user(database: Database, email: str) -> User | None:
-    try:
-        email = canonical_email(email)
-    except ValueError:
-        email = ""  # is nobody's; the query costs the same time
-    async with database.session() as session:
-        users = await session.exec(select(User).where(User.email == email))
-        return users.first()
-
-
-def issue_token(settings: Settings, user_id: int) -> Token:
-    """Return a signed token for the user, valid for the configured time."""
-    lifetime = settings.jwt_expire_minutes * 60  # seconds
-    token = jwt.encode(
-        {"sub": str(user_id), "exp": int(time.time()) + lifetime},
-        settings.jwt_secret_key,
-        algorithm=settings.jwt_algorithm,
-    )
-    return Token(access_token=token, expires_in=lifetime)
-
-
-def verify_token(settings: Settings, token: str) -> int:
-    """Return the user's id; raise Unauthorized for anything but our token."""
-    try:
-        user_id, expires_at = _read_token(
-            settings.jwt_secret_key, settings.jwt_algorithm, token
+    def __init__(self, database: Database, settings: Settings) -> None:
+        """Take where users are kept, and how tokens are signed."""
+        self._database = database
+        self._lifetime = settings.jwt_expire_minutes * 60  # seconds
+        self._key = settings.jwt_secret_key, settings.jwt_algorithm
+        self._hashing = 0  # passwords in the threads, or waiting for one
+        # The event loop comes first, where a thread has its own priority.
+        polite = sys.platform == "linux"
+        self._threads = ThreadPoolExecutor(
+            os.cpu_count(), "hashing", lambda: polite and os.nice(10)
         )
-    except (jwt.InvalidTokenError, ValueError):
-        raise Unauthorized from None
-    if not 0 < user_id <= MAX_USER_ID or time.time() >= expires_at:
-        raise Unauthorized
-    return user_id
+
+    async def register(self, draft: UserCreate) -> UserPublic:
+        """Keep a new user; refuse an address that is in use."""
+        hashed = await self._hash(lambda: passwords.hash(draft.password))
+        user = USERS.insert().values(email=draft.email, hashed_password=hashed)
+        try:
+            async with self._database.engine.connect() as connection:
+                user_id = await connection.scalar(user.returning(USERS.c.id))
+        except IntegrityError:
+            raise Refusal("email-taken") from None
+        return UserPublic(id=user_id, email=draft.email)
+
+    async def log_in(self, email: str, password: str) -> Token:
+        """Return a token; refuse an unknown user or password."""
+        # Both take the same time, so that nobody learns who is registered.
+        try:
+            email = canonical_email(email)
+        except ValueError:
+            email = ""  # is nobody's
+        named = USERS.select().where(USERS.c.email == email)
+        async with self._database.engine.connect() as connection:
+            user = (await connection.execute(named)).first()
+        hashed = user.hashed_password if user else DUMMY_HASH
+        matches = await self._hash(lambda: passwords.verify(password, hashed))
+        if user is None or not matches:
+            headers = BEARER | NO_STORE
+            raise Refusal("wrong-password", headers=headers, **INVALID_GRANT)
+        return self.issue_token(user.id)
+
+    def issue_token(self, user_id: int) -> Token:
+        """Return a signed token, valid for the configured time."""
+        ends_at = int(time.time()) + self._lifetime
+        token = jwt.encode({"sub": str(user_id), "exp": ends_at}, *self._key)
+        lifetime = self._lifetime
+        return Token(access_token=token, expires_in=lifetime, user_id=user_id)
+
+    def verify(self, token: str | None) -> int:
+        """Return the user's id; refuse anything but a token of ours."""
+        if not token:
+            raise Refusal("unauthorized", headers=BEARER)
+        with suppress(jwt.InvalidTokenError, ValueError):
+            user_id, ends_at = _read_token(token, *self._key)
+            if 0 < user_id <= MAX_USER_ID and time.time() < ends_at:
+                return user_id
+        raise Refusal("unauthorized", headers=INVALID_TOKEN)
+
+    def close(self) -> None:
+        """End the threads once they are idle."""
+        self._threads.shutdown(wait=False)
+
+    async def _hash(self, work: Callable[[], Result]) -> Result:
+        """Do slow work in a thread, unless too much waits already."""
+        if self._hashing >= MAX_HASHES:
+            raise Refusal("overloaded", headers={"Retry-After": "2"})
+        self._hashing += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, work)
+        finally:
+            self._hashing -= 1
 
 
 @lru_cache(VERIFIED_TOKENS)
-def _read_token(secret: str, algorithm: str, token: str) -> tuple[int, int]:
+def _read_token(token: str, key: str, algorithm: str) -> tuple[int, int]:
     """Return a genuine token's user id and its end, in seconds since 1970."""
-    claims = jwt.decode(
-        token,
-        secret,
-        algorithms=[algorithm],
-        options={"require": ["exp", "sub"]},
-    )
+    required: Any = {"require": ["exp", "sub"]}
+    claims = jwt.decode(token, key, [algorithm], required)
     return int(claims["sub"]), int(claims["exp"])
-
-
-class TokenBearer(OAuth2PasswordBearer):
-    """The dependency that turns the Authorization header into a user id."""
-
-    async def __call__(self, request: Request) -> int:  # type: ignore[override]
-        """Return the caller's user id, or raise Unauthorized."""
-        scheme, _, token = request.headers.get("authorization", "").partition(
-            " "
-        )
-        if scheme.lower() != "bearer":
-            raise Unauthorized
-        return verify_token(request.app.state.settings, token.strip())
-
-
-current_user = TokenBearer(tokenUrl="token/")

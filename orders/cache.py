@@ -2,237 +2,283 @@
 
 Nothing is ever deleted. To invalidate is to write a tombstone, which reads as
 a miss and refuses to be filled; it is written before the commit, so that a
-crash after it leaves no old bytes, and again after it. A fill never replaces
-what is there, and is refused once its row was read longer ago than a
-tombstone surely lives. Redis away or hung is a miss, not an error.
+crash after it leaves no old bytes, and again after it. Redis itself refuses a
+fill whose row was read longer ago than a tombstone surely lives.
+
+The cache is trusted for a second at a time: a keeper in each process extends
+it once Redis took the tombstone of every change, and a probe. While it is not
+trusted nobody waits for Redis. So hung, refused, slow, full, read-only and
+cut off are one case, and what a process could not tell Redis is told by the
+next keeper that can.
 """
 
 import asyncio
 import logging
+import re
 import time
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NamedTuple
 from uuid import UUID
 
+import hiredis
 from redis.asyncio import ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.exceptions import ResponseError
+
+from orders.db import Batch
+from orders.logs import Outage
+from orders.models import OrderStatus
 
 CACHE_TTL = 300  # seconds
 TOMBSTONE_TTL = 10  # seconds
 MAX_FILL_AGE = 5  # seconds; well under TOMBSTONE_TTL
 TOMBSTONE = b""
+TRUST = 1.0  # seconds
 READ_TIMEOUT = 0.2  # seconds; a read has the database to fall back on
-WRITE_TIMEOUT = 2  # seconds; an invalidation is worth waiting for
-PAUSE = 0.5  # seconds that Redis is left alone after it failed
-REPORT_INTERVAL = 10  # seconds without a failure before the next is news
-MEMORY_SIZE = 10_000  # orders in the embedded cache
+# A change holds a connection to the database meanwhile, which others wait for:
+TRIP_TIMEOUT = 0.5  # seconds; well under db.POOL_TIMEOUT
+CONNECT_TIMEOUT = 1.0  # seconds; only the keeper connects
+MEMORY_SIZE = 32 * 1024 * 1024  # bytes of the embedded cache
+ENTRY_SIZE = 256  # bytes that an entry takes beside its value
+
+EPOCH = re.compile(r"^(?:run_id|master_replid):(\w+)", re.MULTILINE)
 
 logger = logging.getLogger(__name__)
-Command = tuple[str | bytes | int, ...]
+Command = tuple[Any, ...]
 
 
-class CacheAway(Exception):
-    """Redis did not answer, or failed a moment ago."""
+class OrderView(NamedTuple):
+    """An order as it is cached and answered: its JSON, and what guards it."""
 
+    user_id: int
+    status: str
+    body: bytes
 
-class Call(NamedTuple):
-    """Commands for Redis, and who waits for their answers."""
+    @classmethod
+    def of(cls, order: Iterable[Any]) -> "OrderView":
+        """Serialise an order's row: the only place that does."""
+        order_id, user_id, items, total_price, status, created_at = order
+        body = (
+            f'{{"id":"{order_id}","user_id":{user_id},"items":{items},'
+            f'"total_price":{total_price!r},"status":"{status}",'
+            f'"created_at":"{created_at.isoformat()[:-6]}Z"}}'
+        )
+        return cls(user_id, status, body.encode())
 
-    commands: tuple[Command, ...]
-    answers: asyncio.Future[list[Any]]
+    def encode(self) -> bytes:
+        """Return the bytes to cache: owner, status, body."""
+        return b"%d %s %s" % (self.user_id, self.status.encode(), self.body)
 
-
-class OrderCache(Protocol):
-    """What the service asks of a cache; None is a miss."""
-
-    async def get(self, order_id: UUID) -> bytes | None:
-        """Return the cached bytes, or None."""
-
-    async def fill(self, order_id: UUID, value: bytes, read_at: float) -> None:
-        """Cache a row that was read at `read_at` (`time.monotonic`)."""
-
-    async def invalidate(self, *order_ids: UUID) -> bool:
-        """Write tombstones; return whether the cache has taken them."""
-
-    async def ping(self) -> None:
-        """Raise CacheAway unless the cache answers."""
+    @classmethod
+    def decode(cls, cached: bytes) -> "OrderView | None":
+        """Undo `encode`; a tombstone, or what is no order, is a miss."""
+        try:
+            user_id, status, body = cached.split(b" ", 2)
+            return cls(int(user_id), OrderStatus(status.decode()), body)
+        except ValueError:
+            return None
 
 
 class MemoryCache:
-    """The embedded cache, in this process's memory."""
+    """The embedded cache, in this process's memory: always trusted."""
+
+    trusted = True
 
     def __init__(self) -> None:
         """Start empty."""
         self._entries: dict[UUID, tuple[bytes, float]] = {}
+        self._size = 0  # bytes of the values
 
-    async def get(self, order_id: UUID) -> bytes | None:
-        """Return the cached bytes, or None."""
-        value, expires_at = self._entries.get(order_id, (TOMBSTONE, 0.0))
-        return value or None if time.monotonic() < expires_at else None
+    async def get(self, order_id: UUID) -> OrderView | None:
+        """Return the cached order, or None."""
+        value, ends_at = self._entries.get(order_id, (TOMBSTONE, 0.0))
+        return OrderView.decode(value) if time.monotonic() < ends_at else None
 
-    async def fill(self, order_id: UUID, value: bytes, read_at: float) -> None:
+    def fill(self, order_id: UUID, view: OrderView, read_at: float) -> None:
         """Cache a row unless something is there or the row is too old."""
         moment = time.monotonic()
-        _, expires_at = self._entries.get(order_id, (TOMBSTONE, 0.0))
-        if moment >= expires_at and moment - read_at < MAX_FILL_AGE:
-            self._put(order_id, value, moment + CACHE_TTL)
+        _, ends_at = self._entries.get(order_id, (TOMBSTONE, 0.0))
+        if moment >= ends_at and moment - read_at < MAX_FILL_AGE:
+            self._put(order_id, view.encode(), moment + CACHE_TTL)
 
-    async def invalidate(self, *order_ids: UUID) -> bool:
-        """Write tombstones."""
-        for order_id in order_ids:
-            self._put(order_id, TOMBSTONE, time.monotonic() + TOMBSTONE_TTL)
-        return True
+    async def invalidate(self, order_id: UUID) -> None:
+        """Write a tombstone."""
+        self._put(order_id, TOMBSTONE, time.monotonic() + TOMBSTONE_TTL)
 
-    async def ping(self) -> None:
-        """Answer always."""
-
-    def _put(self, order_id: UUID, value: bytes, expires_at: float) -> None:
-        # The oldest entry goes first; a dict keeps the order of insertion.
-        self._entries.pop(order_id, None)
-        if len(self._entries) >= MEMORY_SIZE:
-            del self._entries[next(iter(self._entries))]
-        self._entries[order_id] = (value, expires_at)
-
-
-class RedisLink:
-    """One connection to Redis, which all calls of a process share.
-
-    Calls that come while a round trip is under way travel together in the
-    next. After a failure, calls raise CacheAway at once for PAUSE seconds;
-    then one tries again while the others still skip.
-    """
-
-    def __init__(self, url: str, *, timeout: float) -> None:
-        """Prepare, with the time limit of a round trip; nothing connects."""
-        self._pool = ConnectionPool.from_url(
-            url, socket_timeout=None, retry=Retry(NoBackoff(), 0)
-        )
-        self._connection = self._pool.make_connection()
-        self._timeout = timeout
-        self._calls: list[Call] = []
-        self._sender: asyncio.Task[None] | None = None
-        self._failed = False
-        self._retry_at = 0.0
-        self._report_at = 0.0
-
-    async def call(self, *commands: Command) -> list[Any]:
-        """Return the answer to each command; CacheAway when one failed."""
-        if self._failed:
-            if time.monotonic() < self._retry_at:
-                raise CacheAway
-            self._retry_at = time.monotonic() + PAUSE
-        call = Call(commands, asyncio.get_running_loop().create_future())
-        self._calls.append(call)
-        if self._sender is None:
-            self._sender = asyncio.create_task(self._send())
-        return await call.answers
+    async def prove(self, changed: Sequence[UUID], **_: object) -> None:
+        """Write tombstones, for changes of a process that is gone."""
+        for order_id in changed:
+            await self.invalidate(order_id)
 
     async def close(self) -> None:
-        """Close the connection."""
-        if self._sender is not None:
-            self._sender.cancel()
-        await self._connection.disconnect()
+        """Keep nothing open."""
 
-    async def _send(self) -> None:
-        """Make round trips until no call waits."""
-        calls: list[Call] = []
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._timeout) as limit:
-                await self._pool.ensure_connection(self._connection)
-                while self._calls:
-                    calls, self._calls = self._calls, []
-                    await self._round_trip(calls)
-                    limit.reschedule(loop.time() + self._timeout)
-        except Exception as error:  # whatever it is, nobody may wait on
-            await self._connection.disconnect(nowait=True)
-            self._fail(error, calls)
-        finally:
-            self._sender = None
+    def _put(self, order_id: UUID, value: bytes, ends_at: float) -> None:
+        """Replace an entry; the oldest go first, as a dict keeps order."""
+        self._size -= len(self._entries.pop(order_id, (b"",))[0])
+        self._entries[order_id] = (value, ends_at)
+        self._size += len(value)
+        while self._size + ENTRY_SIZE * len(self._entries) > MEMORY_SIZE:
+            self._size -= len(self._entries.pop(next(iter(self._entries)))[0])
 
-    async def _round_trip(self, calls: list[Call]) -> None:
-        commands = [command for call in calls for command in call.commands]
-        await self._connection.send_packed_command(
-            self._connection.pack_commands(commands)
-        )
-        for call in calls:
-            answers = [
-                await self._connection.read_response() for _ in call.commands
-            ]
-            if not call.answers.done():  # its caller may be gone
-                call.answers.set_result(answers)
-        if self._failed:
-            self._failed = False
-            logger.info("Redis answers again")
 
-    def _fail(self, error: Exception, calls: list[Call]) -> None:
-        """Fail these calls, and those that waited behind them."""
-        moment, reason = time.monotonic(), str(error) or type(error).__name__
-        if moment >= self._report_at:  # a slow Redis fails now and then
-            logger.warning("Redis is away, working without it: %s", reason)
-        self._failed = True
-        self._retry_at = moment + PAUSE
-        self._report_at = moment + REPORT_INTERVAL
-        calls += self._calls
-        self._calls = []
-        for call in calls:
-            if not call.answers.done():
-                call.answers.set_exception(CacheAway(reason))
+class RedisAway(Exception):
+    """Redis is not trusted, did not answer in time, or refused."""
+
+
+# A probe: may Redis be written? It keeps since when it has all tombstones,
+# which a flush takes, and returns the server's time.
+PROBE = f"""
+local t = redis.call('TIME')
+local since = redis.call('GET', KEYS[1]) or t[1] + t[2] / 1000000
+redis.call('SET', KEYS[1], since, 'EX', {CACHE_TTL})
+return t
+"""
+# Redis compares its own clock, for a fill that the network held back.
+FILL = f"""
+local t = redis.call('TIME')
+local since = redis.call('GET', KEYS[2])
+local age = t[1] + t[2] / 1000000 - ARGV[2]
+if age < {MAX_FILL_AGE} and since and ARGV[2] - since > 0 then
+    redis.call('SET', KEYS[1], ARGV[1], 'EX', {CACHE_TTL}, 'NX')
+end
+"""
 
 
 class RedisCache:
-    """The cache that all processes share."""
+    """The cache that all processes share, over one connection a process."""
 
-    def __init__(self, reads: RedisLink, writes: RedisLink) -> None:
-        """Take one link for reads and fills, one for invalidations."""
-        self._reads = reads
-        self._writes = writes
+    def __init__(self, url: str) -> None:
+        """Prepare; only the keeper connects."""
+        pool: Any = ConnectionPool.from_url(url, socket_timeout=None)
+        self._connection = pool.make_connection()
+        self._batch = Batch[tuple[Command, ...], list[Any]](self._trip)
+        self._outage = Outage(logger, "Redis")
+        self._run = ""  # the server's epoch; none without a connection
+        self._clock = 0.0  # the server's less time.monotonic, never more
+        self._complete = False  # it has every change that we know of
+        self._trusted_until = 0.0  # of time.monotonic
 
-    async def get(self, order_id: UUID) -> bytes | None:
-        """Return the cached bytes, or None; Redis away is a miss."""
+    @property
+    def trusted(self) -> bool:
+        """Return whether the keeper's last round was a moment ago."""
+        return time.monotonic() < self._trusted_until
+
+    async def get(self, order_id: UUID) -> OrderView | None:
+        """Return the cached order, or None; Redis away is a miss."""
         try:
-            (value,) = await self._reads.call(("GET", _key(order_id)))
-        except CacheAway:
+            (value,) = await self.ask(("GET", self._key(order_id)))
+        except RedisAway:
             return None
-        return value or None
+        return OrderView.decode(value) if value else None
 
-    async def fill(self, order_id: UUID, value: bytes, read_at: float) -> None:
-        """Cache a row unless something is there or the row is too old."""
-        if time.monotonic() - read_at >= MAX_FILL_AGE:
-            return
-        try:
-            await self._reads.call(
-                ("SET", _key(order_id), value, "EX", CACHE_TTL, "NX")
-            )
-        except CacheAway:
-            return
+    def fill(self, order_id: UUID, view: OrderView, read_at: float) -> None:
+        """Send a row to the cache, and wait for nothing."""
+        if self.trusted:
+            read = f"{read_at + self._clock:f}"  # by the server's clock
+            keys = self._key(order_id), self._key("since")
+            command = "EVAL", FILL, 2, *keys, view.encode(), read
+            sent = self._batch.ask((command,))
+            sent.add_done_callback(lambda t: t.cancelled() or t.exception())
 
-    async def invalidate(self, *order_ids: UUID) -> bool:
-        """Write tombstones, in one round trip; False when Redis is away."""
-        tombstones = (
-            ("SET", _key(order_id), TOMBSTONE, "EX", TOMBSTONE_TTL)
-            for order_id in order_ids
+    async def invalidate(self, order_id: UUID) -> None:
+        """Write a tombstone, or lose the trust: then the keepers write it."""
+        with suppress(RedisAway):
+            await self._tell(self._tombstone(order_id))
+
+    async def prove(
+        self, changed: Sequence[UUID], *, began: float, complete: bool
+    ) -> None:
+        """Trust Redis for a second if it takes tombstones, and a probe."""
+        # A round that does not know all changes goes on from one that did.
+        if not self._run:
+            async with self._limit(CONNECT_TIMEOUT):
+                await self._connection.connect()
+                await self._connection.send_command("INFO")
+                info = bytes(await self._connection.read_response()).decode()
+            # Keys carry it: a server that comes back with a snapshot, or a
+            # replica that is promoted, begins with an empty cache. Also one
+            # that led before: its run is the same, its replication is not.
+            self._run = "-".join(EPOCH.findall(info))
+        *_, (seconds, micros) = await self._tell(
+            *map(self._tombstone, changed),
+            ("EVAL", PROBE, 1, self._key("since")),
         )
+        self._clock = int(seconds) + int(micros) / 1e6 - time.monotonic()
+        self._complete = self._complete or complete
+        if self._complete:
+            self._trusted_until = began + TRUST
+            self._outage.end()
+
+    async def ask(self, *commands: Command) -> list[Any]:
+        """Return the answers, in READ_TIMEOUT; RedisAway if not trusted."""
+        if not self.trusted:
+            raise RedisAway
         try:
-            await self._writes.call(*tombstones)
-        except CacheAway:
-            return False
-        return True
+            async with asyncio.timeout(READ_TIMEOUT):
+                return await self._batch.ask(commands)
+        except TimeoutError:
+            self._trusted_until = 0.0  # that the next need not wait, too
+            raise RedisAway from None
 
-    async def ping(self) -> None:
-        """Raise CacheAway unless Redis answers in time."""
-        # On the link that invalidates: the relay asks before it replays.
-        await self._writes.call(("PING",))
+    async def close(self) -> None:
+        """Close the connection, and trust nothing."""
+        self._run, self._complete, self._trusted_until = "", False, 0.0
+        await self._connection.disconnect(nowait=True)
+
+    async def _tell(self, *commands: Command) -> list[Any]:
+        """Return the answers, trusted or not; a failure ends the trust."""
+        if not self._run:
+            raise RedisAway
+        try:
+            return await self._batch.ask(commands)
+        except RedisAway as error:
+            # Who refuses may be a replica by now, and another epoch begun.
+            await self.close()
+            self._outage.report(error)
+            raise
+
+    async def _trip(
+        self, calls: list[tuple[Command, ...]]
+    ) -> list[list[Any] | RedisAway]:
+        """Make one round trip for all calls; a refusal is its call's own."""
+        if not self._run:  # else it would connect, whatever epoch it is
+            raise RedisAway
+        packed = [hiredis.pack_command(it) for call in calls for it in call]
+        answers: list[list[Any] | RedisAway] = []
+        async with self._limit(TRIP_TIMEOUT):
+            await self._connection.send_packed_command(packed)
+            for call in calls:
+                read = [await self._read() for _ in call]
+                refusals = [a for a in read if isinstance(a, ResponseError)]
+                answers.append(RedisAway(*refusals) if refusals else read)
+        return answers
+
+    async def _read(self) -> Any:
+        """Return the next answer, which may be a refusal."""
+        try:
+            return await self._connection.read_response()
+        except ResponseError as error:
+            return error
+
+    @asynccontextmanager
+    async def _limit(self, seconds: float) -> AsyncIterator[None]:
+        """Give the connection up if what is done with it fails or lasts."""
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except Exception as error:  # whatever it is, nobody may wait on
+            await self.close()
+            self._outage.report(error)
+            raise RedisAway(repr(error)) from error
+
+    def _key(self, name: UUID | str) -> str:
+        """Return the key of an order, or another, in this run."""
+        return f"order:{self._run}:{name}"
+
+    def _tombstone(self, order_id: UUID) -> Command:
+        """Return the command that invalidates an order."""
+        return "SET", self._key(order_id), TOMBSTONE, "EX", TOMBSTONE_TTL
 
 
-def connect_cache(
-    reads: RedisLink | None, writes: RedisLink | None
-) -> OrderCache:
-    """Return the shared cache where there is a Redis, else the embedded."""
-    if reads is None or writes is None:
-        return MemoryCache()
-    return RedisCache(reads, writes)
-
-
-def _key(order_id: UUID) -> str:
-    return f"order:{order_id}"
+OrderCache = MemoryCache | RedisCache

@@ -1,230 +1,279 @@
 """Deliver outbox events at least once, and let effects happen exactly once.
 
-An event is due while it is not processed and its `due_at` has passed. A relay
-claims due events by pushing `due_at` into the future: a lease. Whatever then
-goes wrong (a purged queue, a wiped broker, a relay killed before the confirm)
-the lease runs out and the event is due again, so one predicate is retry,
-crash recovery and sweeper. Each kind of event has a sink that delivers it.
+An event is due while it is not processed and its `due_at` is reached. The
+relay claims due events by pushing `due_at` into the future: a lease. Whatever
+then goes wrong (a purged queue, a wiped broker, a relay killed before the
+commit) the lease runs out and the event is due again. That is no proof that
+its message is lost: it may wait. So what was delivered before is delivered
+again only while the queues are empty, or copies would feed an overload.
+
+New orders go to the worker, by a thread; changes of status to the cache, by
+the keeper.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from datetime import datetime, timedelta
+import threading
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
-from sqlalchemy import case
-from sqlmodel import col, select, update
+import sqlalchemy as sa
+from opentelemetry import metrics
 
-from orders.cache import CacheAway, OrderCache
-from orders.db import OUTAGES, Database
-from orders.models import Event, EventKind, now
+from orders.cache import OrderCache, RedisAway
+from orders.db import Database, is_outage
+from orders.logs import Outage
+from orders.models import EVENTS, EventKind, now
 
-PROCESS_DELAY = timedelta(seconds=2)
-POLL_INTERVAL = 0.25  # seconds
+PROCESS_DELAY = timedelta(seconds=2)  # from an order to its processing
+POLL_INTERVAL = 0.25  # seconds; of the relay and the keeper
 BATCH = 500  # events
 LEASES = (30, 60, 120, 300)  # seconds, by attempts so far; then the last
-RETRY = timedelta(seconds=0.5)  # from a failed delivery to the next
-ASK_INTERVAL = 0.1  # seconds; till the replay, what is cached may be old
+SWEEP_INTERVAL = 5.0  # seconds between two looks for leases that ran out
+# Finished events stay in the index while an old snapshot is open: a look
+# begins at what was due a while ago, which is longer than clocks differ and
+# transactions last. Only a sweep looks at all.
+LOOK_BACK = timedelta(minutes=1)
+ALWAYS = datetime(1, 1, 1, tzinfo=UTC)
+LOOK_TIMEOUT = 0.5  # seconds that the keeper waits for the database
+ANSWER_AGE = 1.5  # seconds since the broker's last answer in which it is ok
 
 logger = logging.getLogger(__name__)
-
-
-class DeliveryFailed(Exception):
-    """A sink did not take the whole batch; all of it is due again soon."""
+lag = metrics.get_meter("orders").create_histogram("orders.outbox.lag", "s")
 
 
 class DueEvent(NamedTuple):
-    """A claimed event."""
+    """A claimed event; the columns that the claim returns."""
 
     id: UUID
     order_id: UUID
     payload: dict[str, Any]
     created_at: datetime
+    attempts: int  # this one included
 
 
-class Sink(Protocol):
-    """Where events of one kind go."""
-
-    kind: EventKind
-    delay: timedelta  # from an event to its delivery
-
-    async def ready(self) -> None:
-        """Wait until a delivery is worth trying."""
-
-    async def deliver(self, events: Sequence[DueEvent]) -> None:
-        """Deliver the events; raise DeliveryFailed if it may not be all."""
+class DeliveryFailed(Exception):
+    """It may be that not all was delivered; all of it is due again."""
 
 
-class Publisher(Sink, Protocol):
-    """The sink of new orders; `orders.api` runs and asks it."""
+class Destination(Protocol):
+    """Where new orders go."""
 
-    async def run(self) -> None:
-        """Keep what the publisher needs open, until cancelled."""
+    name: str  # for the log
+    lead: timedelta  # how long before they are due
 
-    async def ping(self) -> bool:
-        """Return whether the broker answers now."""
+    def is_idle(self) -> bool:
+        """Return whether nothing waits there; raise if it is away."""
+
+    def deliver(self, events: Sequence[DueEvent]) -> None:
+        """Deliver the events, or raise."""
+
+    def close(self) -> None:
+        """Close what is open."""
 
 
-class Relay:
-    """Bring the due events of one kind to their sink."""
+NOT_DONE = EVENTS.c.processed_at.is_(None)
+CHANGES = sa.select(EVENTS.c.id, EVENTS.c.order_id).limit(BATCH)
+CHANGES = CHANGES.where(EVENTS.c.kind == EventKind.STATUS_CHANGED, NOT_DONE)
+CHANGES = CHANGES.where(EVENTS.c.due_at >= sa.bindparam("since"))
 
-    def __init__(self, database: Database, sink: Sink) -> None:
-        """Prepare; `run` does the work."""
-        self._database = database
-        self._sink = sink
-        self._wake = asyncio.Event()
-        self._failing = False
 
-    def wake(self) -> None:
-        """Look for due events now rather than at the next poll."""
-        self._wake.set()
+class Relay(threading.Thread):
+    """Bring new orders to their destination, in a thread of its own.
 
-    async def run(self) -> None:
-        """Relay batch after batch, until cancelled."""
-        while True:
-            await self._sink.ready()
-            self._wake.clear()
-            if await self._relay_batch() < BATCH:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), POLL_INTERVAL)
+    It is a daemon: a hung broker cannot hold the process.
+    """
 
-    async def _relay_batch(self) -> int:
-        """Claim and deliver a batch; return its size, 0 when that failed."""
-        try:
-            events = await self._claim()
-            if events:
-                await self._deliver(events)
-        except Exception as error:  # a relay that dies loses every order
-            self._report(error)
-            return 0
-        if self._failing:
-            self._failing = False
-            logger.info("Relay of %s events goes on", self._sink.kind)
+    def __init__(
+        self, engine: sa.Engine, destination: Destination, outage: Outage
+    ) -> None:
+        """Take the outbox, and who says that the database is away."""
+        super().__init__(name="relay", daemon=True)
+        self._engine, self._destination = engine, destination
+        self._database_outage = outage
+        self._outage = Outage(logger, destination.name)
+        self._ended = threading.Event()
+        self._answered_at = 0.0  # of time.monotonic
+        self._refused = False  # what was delivered last
+        self._since = ALWAYS  # all that was due before is claimed
+        self._sweep_at = 0.0  # of time.monotonic
+
+    @property
+    def answers(self) -> bool:
+        """Return whether the destination answered, and took all, just now."""
+        return time.monotonic() < self._answered_at + ANSWER_AGE
+
+    def end(self, timeout: float) -> None:
+        """Stop after the batch under way; wait for that, in seconds."""
+        self._ended.set()
+        self.join(timeout)
+
+    def run(self) -> None:
+        """Relay batch after batch, until it ends."""
+        while not self._ended.is_set():
+            relayed = 0
+            try:
+                relayed = self._round()
+            except Exception as error:  # a relay that dies loses every order
+                if is_outage(error):
+                    self._database_outage.report(error)
+                else:
+                    self._answered_at = 0.0
+                    fault = not isinstance(error, DeliveryFailed)
+                    self._outage.report(error, fault=fault)
+            if relayed < BATCH:
+                self._ended.wait(POLL_INTERVAL)
+        self._destination.close()
+        self._engine.dispose()
+
+    def _round(self) -> int:
+        """Claim and deliver a batch; return its size."""
+        idle = self._destination.is_idle()
+        if not self._refused:
+            self._answered_at = time.monotonic()
+            self._outage.end()
+        events: list[DueEvent] = []
+        if time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + SWEEP_INTERVAL
+            self._since = ALWAYS
+            if idle:
+                events = self._lease(EVENTS.c.attempts > 0, ALWAYS, now())
+        if events:
+            logger.warning(
+                "%d events were not processed in time, and are delivered"
+                " again; one is of order %s, delivery %d",
+                *(len(events), events[0].order_id, events[0].attempts),
+            )
+        else:
+            until = now() + self._destination.lead
+            events = self._lease(EVENTS.c.attempts == 0, self._since, until)
+            if len(events) < BATCH:  # else there may be more, that is as old
+                self._since = until - LOOK_BACK
+        if events:
+            self._deliver(events)
+        self._refused = False  # also when another relay took what we could not
         return len(events)
 
-    def _report(self, error: Exception) -> None:
-        """Log the first of a row of failures; a fault with its traceback."""
-        if isinstance(error, OUTAGES):  # as the calls' failures are
-            self._database.outage.report(error)
-        elif not self._failing:
-            logger.warning(
-                "Relay of %s events halts, it will try again: %s",
-                self._sink.kind,
-                str(error).split("\n")[0],
-                exc_info=None if isinstance(error, DeliveryFailed) else error,
-            )
-        self._failing = True
-
-    async def _deliver(self, events: list[DueEvent]) -> None:
-        try:
-            await self._sink.deliver(events)
-        except BaseException:  # being stopped, too
-            await self._release(events)
-            raise
-
-    async def _claim(self) -> list[DueEvent]:
-        """Lease a batch of due events to this relay."""
-        moment = now()
+    def _lease(
+        self, which: sa.ColumnElement[bool], since: datetime, until: datetime
+    ) -> list[DueEvent]:
+        """Lease a batch of due events to this relay, the oldest first."""
         due = (
-            select(Event.id)
-            .where(
-                Event.kind == self._sink.kind,
-                col(Event.processed_at).is_(None),
-                Event.due_at <= moment - self._sink.delay,
-            )
-            .order_by(col(Event.due_at))
+            sa.select(EVENTS.c.id)
+            .where(EVENTS.c.kind == EventKind.NEW_ORDER, NOT_DONE, which)
+            .where(EVENTS.c.due_at.between(since, until))
+            .order_by(EVENTS.c.due_at)
             .limit(BATCH)
             .with_for_update(skip_locked=True)
             .cte("due")  # so that it runs once, and LIMIT holds
         )
-        leases = [moment + timedelta(seconds=lease) for lease in LEASES]
-        lease_ends = case(
-            dict(enumerate(leases[:-1])),
-            value=col(Event.attempts),
-            else_=leases[-1],
-        )
+        ends = [now() + timedelta(seconds=seconds) for seconds in LEASES]
+        *first, last = (sa.literal(end, EVENTS.c.due_at.type) for end in ends)
+        leases = dict(enumerate(first))
+        lease = sa.case(leases, value=EVENTS.c.attempts, else_=last)
         claim = (
-            update(Event)
-            .where(col(Event.id).in_(select(due.c.id)))
-            .values(attempts=Event.attempts + 1, due_at=lease_ends)
-            .returning(*(getattr(Event, name) for name in DueEvent._fields))
+            EVENTS.update()
+            .where(EVENTS.c.id.in_(sa.select(due.c.id)))
+            .values(attempts=EVENTS.c.attempts + 1, due_at=lease)
+            .returning(*(EVENTS.c[name] for name in DueEvent._fields))
         )
-        async with self._database.engine.begin() as connection:
-            rows = (await connection.execute(claim)).all()
-        return sorted(
-            (DueEvent(*row) for row in rows), key=lambda e: e.created_at
-        )
+        with self._engine.begin() as connection:
+            rows = connection.execute(claim).all()
+        self._database_outage.end()
+        events = (DueEvent(*row) for row in rows)
+        return sorted(events, key=lambda event: event.created_at)
 
-    async def _release(self, events: list[DueEvent]) -> None:
-        """End the leases early: these events were surely not all taken."""
-        release = (
-            update(Event)
-            .where(
-                col(Event.id).in_([event.id for event in events]),
-                col(Event.processed_at).is_(None),
-            )
-            .values(due_at=now() + RETRY)
-        )
-        async with self._database.engine.begin() as connection:
-            await connection.execute(release)
+    def _deliver(self, events: list[DueEvent]) -> None:
+        """Deliver the events; when that fails, they are due at once."""
+        try:
+            self._destination.deliver(events)
+        except Exception:
+            self._refused = True
+            these = EVENTS.c.id.in_([event.id for event in events])
+            release = EVENTS.update().where(these, NOT_DONE)
+            less = EVENTS.c.attempts - 1  # as if never claimed
+            with self._engine.begin() as connection:
+                connection.execute(release.values(attempts=less, due_at=now()))
+            raise
+        for event in events:
+            lag.record((now() - event.created_at).total_seconds())
 
 
-class CacheSink:
-    """Replay the invalidation of changed orders until the cache has it."""
+class Keeper:
+    """Bring changes of status to the cache, and extend the trust in it.
 
-    kind = EventKind.STATUS_CHANGED
-    delay = timedelta(0)
+    A database that is away does not end the trust: nobody's change is
+    acknowledged meanwhile, and cached reads go on.
+    """
 
     def __init__(self, database: Database, cache: OrderCache) -> None:
-        """Take the cache to invalidate."""
-        self._database = database
-        self._cache = cache
-
-    async def ready(self) -> None:
-        """Wait until the cache answers."""
-        while True:
-            try:
-                return await self._cache.ping()
-            except CacheAway:
-                await asyncio.sleep(ASK_INTERVAL)
-
-    async def deliver(self, events: Sequence[DueEvent]) -> None:
-        """Write the tombstones, then mark the events processed."""
-        if not await self._cache.invalidate(*(e.order_id for e in events)):
-            raise DeliveryFailed("the cache is away")
-        processed = (
-            update(Event)
-            .where(col(Event.id).in_([event.id for event in events]))
-            .values(processed_at=now())
-        )
-        async with self._database.engine.begin() as connection:
-            await connection.execute(processed)
-
-
-class LocalPublisher:
-    """The embedded broker: orders are processed in this process."""
-
-    kind = EventKind.NEW_ORDER
-    delay = PROCESS_DELAY
-
-    def __init__(self, process: Callable[[DueEvent], Awaitable[None]]) -> None:
-        """Take what a worker would do with an event."""
-        self._process = process
+        """Take the outbox, and the cache."""
+        self._database, self._cache = database, cache
+        self._invalidated: list[UUID] = []  # events; marked by the next look
+        self._look: asyncio.Task[Sequence[Any] | None] | None = None
+        self._look_began = 0.0  # of time.monotonic
+        self._away = False  # the database, when a look ended last
+        self._outage = Outage(logger, "The keeper of the cache")
+        self._sweep_at = 0.0  # of time.monotonic
 
     async def run(self) -> None:
-        """Need nothing."""
+        """Make round after round, until cancelled."""
+        while True:
+            more = False
+            try:
+                more = await self._round()
+                self._outage.end()
+            except RedisAway:
+                pass  # said by the cache
+            except Exception as error:
+                self._outage.report(error, fault=True)
+            if not more:
+                await asyncio.sleep(POLL_INTERVAL)
 
-    async def ping(self) -> bool:
-        """Answer always."""
-        return True
+    async def _round(self) -> bool:
+        """Tell the cache what changed; return whether there is more."""
+        began = time.monotonic()
+        if self._look is None:
+            self._look_began = began
+            self._look = asyncio.create_task(self._read_changes())
+        # Not wait_for: to cancel a query of a hung database takes its time.
+        await asyncio.wait({self._look}, timeout=LOOK_TIMEOUT)
+        changes = None
+        if self._look.done():
+            look, self._look = self._look, None
+            changes = look.result()
+            self._away = changes is None
+        if not self._away:  # a late look proves what was when it began
+            began = self._look_began
+        found = changes or ()
+        if more := len(found) == BATCH:
+            began = 0.0  # no trust before the last of them
+        complete = changes is not None and not more
+        orders = [change.order_id for change in found]
+        await self._cache.prove(orders, began=began, complete=complete)
+        self._invalidated += [change.id for change in found]
+        return more
 
-    async def ready(self) -> None:
-        """Be ready always."""
-
-    async def deliver(self, events: Sequence[DueEvent]) -> None:
-        """Process the events one by one."""
-        for event in events:
-            await self._process(event)
+    async def _read_changes(self) -> Sequence[Any] | None:
+        """Mark what the cache has, and read what it may not have."""
+        since = now() - LOOK_BACK
+        if not self._cache.trusted or time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + SWEEP_INTERVAL
+            since = ALWAYS
+        done = self._invalidated.copy()
+        mark = EVENTS.update().where(EVENTS.c.id.in_(done))
+        try:
+            async with self._database.aside.begin() as connection:
+                if done:
+                    await connection.execute(mark.values(processed_at=now()))
+                found = await connection.execute(CHANGES, {"since": since})
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            self._database.outage.report(error)
+            return None
+        del self._invalidated[: len(done)]
+        return found.all()

@@ -2,112 +2,122 @@
 
 Each commits once, last. Creating an order or changing its status writes an
 event in the same transaction, so that what was acknowledged is never lost.
+Creates that come together share a transaction, and reads a query.
 """
 
-import base64
+import json
 import logging
 import time
 import uuid
-from collections.abc import Callable
-from datetime import datetime
-from typing import NamedTuple
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Connection, Update, bindparam, insert
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlmodel import col, select, tuple_, update
 
-from orders.cache import OrderCache
-from orders.db import Database
+from orders import models
+from orders.auth import INVALID_TOKEN
+from orders.cache import OrderCache, OrderView
+from orders.db import AUTOCOMMIT, Batch, Database
+from orders.events import PROCESS_DELAY, DueEvent
 from orders.logs import request_id
-from orders.models import (
-    TRANSITIONS,
-    CursorBroken,
-    Event,
-    EventKind,
-    Forbidden,
-    KeyReused,
-    NotFound,
-    Order,
-    OrderCreate,
-    OrderStatus,
-    OrderView,
-    PreconditionFailed,
-    TransitionForbidden,
-    Unauthorized,
-    now,
-)
+from orders.models import EVENTS, ORDERS, OrderCreate, OrderStatus, Refusal
 
 # An idempotency key's order has the id uuid5(this, "<user id>:<key>").
 KEY_NAMESPACE = UUID("b8a1c9f4-2f6e-4a5c-9f0e-6d7f5f1f6c11")
+PLACE = ORDERS.c.created_at, ORDERS.c.id  # of an order in the list
 
-READ = select(*Order.__table__.c).where(  # type: ignore[attr-defined]
-    col(Order.id) == bindparam("order_id")
+# The statements that many calls share are built once. On PostgreSQL orders are
+# created in one, which is a transaction, from the very bytes of the answers.
+CREATE = sa.text("""
+WITH made AS (
+    INSERT INTO orders
+    SELECT * FROM json_populate_recordset(NULL::orders, CAST(:orders AS json))
+    ORDER BY id -- two processes with the same keys must not deadlock
+    ON CONFLICT (id) DO NOTHING RETURNING id
+)
+INSERT INTO events
+SELECT e.* FROM json_populate_recordset(NULL::events, CAST(:events AS json)) e
+JOIN made ON made.id = e.order_id
+RETURNING order_id
+""")
+CREATE_IN_SQLITE = (
+    sqlite.insert(ORDERS).on_conflict_do_nothing().returning(ORDERS.c.id)
+)
+READ = ORDERS.select().where(
+    ORDERS.c.id.in_(sa.bindparam("ids", expanding=True))
+)
+PROCESS = (
+    EVENTS.update()
+    .where(EVENTS.c.id == sa.bindparam("event_id"))
+    .where(EVENTS.c.kind == models.EventKind.NEW_ORDER)
+    .where(EVENTS.c.processed_at.is_(None))
+    .values(processed_at=sa.bindparam("moment"))
+    .returning(EVENTS.c.order_id)
 )
 
 logger = logging.getLogger(__name__)
+Row = dict[str, Any]
 
 
-class Page(NamedTuple):
-    """Some of a user's orders, newest first, and where the next page is."""
+class Draft(NamedTuple):
+    """An order to be: its row, its event's, and the answer."""
 
-    orders: list[OrderView]
-    next_cursor: str | None
+    order: Row
+    event: Row
+    view: OrderView
 
 
 class OrderService:
     """What a user can do with their orders."""
 
-    def __init__(
-        self,
-        database: Database,
-        cache: OrderCache,
-        wake: dict[EventKind, Callable[[], None]],
-    ) -> None:
-        """Take what the use cases need; `wake` calls the relay of a kind."""
-        self._database = database
-        self._cache = cache
-        self._wake = wake
+    def __init__(self, database: Database, cache: OrderCache) -> None:
+        """Take where orders are kept, and where they are cached."""
+        self._database, self._cache = database, cache
+        self._creates = Batch[Draft, bool](self._insert)
+        self._reads = Batch[UUID, Any](self._select)
 
     async def create(
         self, user_id: int, draft: OrderCreate, *, key: str | None = None
     ) -> tuple[UUID, OrderView, bool]:
-        """Keep a new order; return its id, it, and if it was there before.
-
-        With an idempotency key, the same draft yields the same order again;
-        another draft under the same key raises KeyReused.
-        """
-        order = Order(
-            id=uuid.uuid5(KEY_NAMESPACE, f"{user_id}:{key}")
-            if key
-            else uuid.uuid4(),
-            user_id=user_id,
-            items=[item.model_dump() for item in draft.items],
-            total_price=draft.total,
-        )
-        try:
-            await self._insert(order)
-        except IntegrityError:
-            return order.id, await self._replay(order), True
-        logger.info("Order %s created", order.id)
-        self._wake[EventKind.NEW_ORDER]()
-        return order.id, OrderView.of(order), False
+        """Keep a new order; return its id, it, and if it was there before."""
+        # With an idempotency key, the same draft yields the same order again;
+        # another draft under the same key is refused.
+        keyed = uuid.uuid5(KEY_NAMESPACE, f"{user_id}:{key}")
+        order: Row = {  # in the order of the table's columns
+            "id": keyed if key else uuid.uuid4(),
+            "user_id": user_id,
+            "items": models.ITEMS.dump_json(draft.items).decode(),
+            "total_price": draft.total(),
+            "status": OrderStatus.PENDING,
+            "created_at": models.now(),
+        }
+        event = _event(order["id"], models.EventKind.NEW_ORDER)
+        event["due_at"] += PROCESS_DELAY
+        view = OrderView.of(order.values())
+        if await self._creates.ask(Draft(order, event, view)):
+            logger.info("Order %s created", order["id"])
+            return order["id"], view, False
+        kept = await self._reads.ask(order["id"])
+        if json.loads(kept.items) != json.loads(order["items"]):
+            raise Refusal("key-reused")
+        return kept.id, OrderView.of(kept), True
 
     async def get(
         self, user_id: int, order_id: UUID
     ) -> tuple[OrderView, bool]:
         """Return the caller's order, and whether it came from the cache."""
-        cached = await self._cache.get(order_id)
-        if cached is not None:
-            view = OrderView.decode(cached)
-            _check_owner(view.user_id, user_id)
-            return view, True
-        read_at = time.monotonic()
-        view = OrderView.of(await self._read(order_id))
-        await self._cache.fill(order_id, view.encode(), read_at)
+        view = await self._cache.get(order_id)
+        hit = view is not None
+        if view is None:
+            read_at = time.monotonic()
+            view = OrderView.of(await self._read(order_id))
+            self._cache.fill(order_id, view, read_at)
         _check_owner(view.user_id, user_id)
-        return view, False
+        return view, hit
 
     async def list_page(
         self,
@@ -115,31 +125,25 @@ class OrderService:
         of_user: int,
         *,
         limit: int,
-        cursor: str | None = None,
+        after: UUID | None = None,
         status: OrderStatus | None = None,
-    ) -> Page:
+    ) -> tuple[list[OrderView], UUID | None]:
         """Return a page of the caller's orders, newest first."""
+        # And the id of its last, if there are more: the next page is after it.
         if of_user != user_id:
-            raise Forbidden
-        newest = (col(Order.created_at).desc(), col(Order.id).desc())
-        statement = select(Order).where(Order.user_id == user_id)
+            raise Refusal("forbidden")
+        page = ORDERS.select().where(ORDERS.c.user_id == user_id)
         if status is not None:
-            statement = statement.where(Order.status == status)
-        if cursor is not None:
-            after = tuple_(*_decode_cursor(cursor))
-            statement = statement.where(
-                tuple_(Order.created_at, Order.id) < after
-            )
-        async with self._database.session() as session:
-            found = await session.exec(
-                statement.order_by(*newest).limit(limit + 1)
-            )
-            orders = found.all()
-        more = len(orders) > limit
-        return Page(
-            [OrderView.of(order) for order in orders[:limit]],
-            _encode_cursor(orders[limit - 1]) if more else None,
-        )
+            page = page.where(ORDERS.c.status == status)
+        if after is not None:
+            last = sa.select(*PLACE).where(ORDERS.c.id == after)
+            last = last.where(ORDERS.c.user_id == user_id)
+            page = page.where(sa.tuple_(*PLACE) < last.scalar_subquery())
+        page = page.order_by(*(part.desc() for part in PLACE)).limit(limit + 1)
+        async with self._database.engine.connect() as connection:
+            rows = (await connection.execute(page)).all()
+        views = [OrderView.of(row) for row in rows[:limit]]
+        return views, rows[limit - 1].id if len(rows) > limit else None
 
     async def change_status(
         self,
@@ -147,171 +151,165 @@ class OrderService:
         order_id: UUID,
         new: OrderStatus,
         *,
-        expected: set[str] | None = None,
+        expected: set[OrderStatus] | None = None,
     ) -> OrderView:
-        """Move the caller's order on; `expected` is what `If-Match` allows.
-
-        One conditional UPDATE decides: of two racing changes only one wins.
-        """
-        sources = {old for old, after in TRANSITIONS.items() if new in after}
-        if expected is not None:
-            sources &= expected
-        change = _change(user_id, order_id, sources, new)
-        async with self._database.engine.begin() as connection:
+        """Move the caller's order on; `expected` is what `If-Match` allows."""
+        # One conditional UPDATE decides: of two racing changes only one wins.
+        every = set(OrderStatus) if expected is None else expected
+        sources = [old for old in every if new in models.TRANSITIONS[old]]
+        change = (
+            ORDERS.update()
+            .where(ORDERS.c.id == order_id, ORDERS.c.user_id == user_id)
+            .where(ORDERS.c.status.in_(sources))
+            .values(status=new)
+            .returning(*ORDERS.c)
+        )
+        kind = models.EventKind.STATUS_CHANGED
+        async with self._database.transactions.begin() as connection:
             row = (await connection.execute(change)).first()
-            if row is None:
-                order = await _find(connection, order_id)
-            else:
-                event = _event(order_id, new).model_dump()
-                await connection.execute(insert(Event), event)
+            if row is not None:
+                # Made while the row is locked: its time is its place.
+                event = _event(order_id, kind, status=new)
+                await connection.execute(EVENTS.insert(), event)
                 # While the row is locked: a crash after the commit must not
                 # leave the old bytes readable.
                 await self._cache.invalidate(order_id)
         if row is None:
-            return await self._explain(user_id, order, new, expected)
+            order = await self._read(order_id)
+            _check_owner(order.user_id, user_id)
+            raise _explain(order.status, new, expected)
         # Again, for a reader that filled in between with the old row.
         await self._cache.invalidate(order_id)
         logger.info("Order %s became %s", order_id, new)
-        self._wake[EventKind.STATUS_CHANGED]()
-        return OrderView.of(Order.model_construct(**row._mapping))
+        return OrderView.of(row)
 
-    async def history(self, user_id: int, order_id: UUID) -> list[Event]:
-        """Return what happened to the caller's order, oldest first."""
+    async def history(self, user_id: int, order_id: UUID) -> Sequence[Any]:
+        """Return the caller's order's events, oldest first."""
         await self.get(user_id, order_id)
-        statement = (
-            select(Event)
-            .where(Event.order_id == order_id)
-            .order_by(col(Event.created_at))
-        )
-        async with self._database.session() as session:
-            return list((await session.exec(statement)).all())
+        events = EVENTS.select().where(EVENTS.c.order_id == order_id)
+        events = events.order_by(EVENTS.c.created_at)
+        async with self._database.engine.connect() as connection:
+            return (await connection.execute(events)).all()
 
-    async def _insert(self, order: Order) -> None:
-        """Write the order and its event in one transaction."""
-        event = _event(order.id)
-        async with self._database.engine.begin() as connection:
-            await connection.execute(insert(Order), order.model_dump())
-            await connection.execute(insert(Event), event.model_dump())
-
-    async def _replay(self, draft: Order) -> OrderView:
-        """Return the order that the draft's key made before."""
+    async def _insert(self, drafts: list[Draft]) -> Sequence[bool | Exception]:
+        """Write orders with their events; return which of them are new."""
+        # A row that alone is bad does not fail its neighbours.
         try:
-            order = await self._read(draft.id)
-        except NotFound:
-            # The other constraint failed: there is no such user any more.
-            raise Unauthorized from None
-        if order.items != draft.items:
-            raise KeyReused
-        return OrderView.of(order)
+            new = await self._insert_together(drafts)
+        except IntegrityError:  # the user of one is gone
+            if len(drafts) == 1:
+                return [Refusal("unauthorized", headers=INVALID_TOKEN)]
+            return [(await self._insert([draft]))[0] for draft in drafts]
+        answers = []
+        for draft in drafts:
+            answers.append(draft.order["id"] in new)
+            new.discard(draft.order["id"])
+        return answers
 
-    async def _read(self, order_id: UUID) -> Order:
-        async with self._database.autocommit.connect() as connection:
-            return await _find(connection, order_id)
+    async def _insert_together(self, drafts: list[Draft]) -> set[UUID]:
+        """Write orders with their events in one transaction."""
+        # One key may come twice: the first of them is the one.
+        unique = {draft.order["id"]: draft for draft in drafts[::-1]}
+        events = [draft.event for draft in unique.values()]
+        if self._database.engine.dialect.name == "postgresql":
+            bodies = b",".join(draft.view.body for draft in unique.values())
+            given = {
+                "orders": f"[{bodies.decode()}]",
+                "events": json.dumps(events, default=str),
+            }
+            async with self._database.engine.connect() as connection:
+                made = await connection.execute(CREATE, given)
+                return set(made.scalars())
+        orders = [draft.order for draft in unique.values()]
+        async with self._database.transactions.begin() as connection:
+            made = await connection.execute(CREATE_IN_SQLITE, orders)
+            new = set(made.scalars())
+            if events := [
+                event for event in events if event["order_id"] in new
+            ]:
+                await connection.execute(EVENTS.insert(), events)
+        return new
 
-    async def _explain(
-        self,
-        user_id: int,
-        order: Order,
-        new: OrderStatus,
-        expected: set[str] | None,
-    ) -> OrderView:
-        """Raise what kept an order from becoming `new`."""
-        _check_owner(order.user_id, user_id)
-        if expected is not None and order.status not in expected:
-            raise PreconditionFailed
-        if new in TRANSITIONS[order.status]:  # it became possible just now
-            return await self.change_status(
-                user_id, order.id, new, expected=expected
-            )
-        raise TransitionForbidden(order.status, new)
+    async def _read(self, order_id: UUID) -> Any:
+        """Return an order's row, whoever's it is."""
+        row = await self._reads.ask(order_id)
+        if row is None:
+            raise Refusal("order-not-found")
+        return row
 
-
-def _change(
-    user_id: int, order_id: UUID, sources: set[str], new: OrderStatus
-) -> Update:
-    """Return the UPDATE of a user's order from one of the sources."""
-    return (
-        update(Order)
-        .where(
-            col(Order.id) == order_id,
-            col(Order.user_id) == user_id,
-            col(Order.status).in_(sources),
-        )
-        .values(status=new)
-        .returning(*Order.__table__.c)  # type: ignore[attr-defined]
-    )
-
-
-async def _find(connection: AsyncConnection, order_id: UUID) -> Order:
-    found = await connection.execute(READ, {"order_id": order_id})
-    row = found.first()
-    if row is None:
-        raise NotFound
-    return Order.model_construct(**row._mapping)
+    async def _select(self, order_ids: list[UUID]) -> Sequence[Any]:
+        """Return the rows of orders, None for each that is not there."""
+        async with self._database.engine.connect() as connection:
+            found = await connection.execute(READ, {"ids": order_ids})
+            rows = {row.id: row for row in found}
+        return [rows.get(order_id) for order_id in order_ids]
 
 
-PROCESS = (
-    update(Event)
-    .where(
-        col(Event.id) == bindparam("event_id"),
-        col(Event.processed_at).is_(None),
-    )
-    .values(processed_at=bindparam("moment"))
-    .returning(col(Event.order_id))
-)
+def process_order(connection: sa.Connection, event_id: UUID) -> bool:
+    """Process a new order; return False if that was done before."""
+    # The worker and the embedded mode both end here, with a connection that
+    # commits each statement. The condition in the UPDATE makes the effect
+    # happen once, however often the event arrives.
+    done = {"event_id": event_id, "moment": models.now()}
+    order_id = connection.execute(PROCESS, done).scalar()
+    if order_id is not None:
+        logger.info("Order %s processed", order_id)
+    return order_id is not None
 
 
-def process_order(connection: Connection, event_id: UUID) -> bool:
-    """Process a new order; return False if that was done before.
+class LocalWorker:
+    """The embedded worker: orders are processed in the relay's thread."""
 
-    The worker and the embedded mode both end here, with a connection that
-    commits each statement. The condition in the UPDATE makes the effect
-    happen once, however often the event arrives.
-    """
-    order_id = connection.execute(
-        PROCESS, {"event_id": event_id, "moment": now()}
-    ).scalar()
-    if order_id is None:
-        return False
-    logger.info("Order %s processed", order_id)
-    return True
+    name = "The embedded worker"
+    lead = timedelta(0)
+
+    def __init__(self, engine: sa.Engine) -> None:
+        """Take where the orders are."""
+        self._engine = engine.execution_options(**AUTOCOMMIT)
+
+    def is_idle(self) -> bool:
+        """Return that nothing ever waits."""
+        return True
+
+    def close(self) -> None:
+        """Keep nothing open."""
+
+    def deliver(self, events: Sequence[DueEvent]) -> None:
+        """Process the events one by one."""
+        for event in events:
+            request_id.set(event.payload.get("request_id", "-"))
+            with self._engine.connect() as connection:
+                process_order(connection, event.id)
+        request_id.set("-")
 
 
 def _check_owner(owner_id: int, user_id: int) -> None:
-    """Raise NotFound unless both are the same; the only place that checks."""
+    """Refuse another user's order; the only place that checks."""
     if owner_id != user_id:
-        raise NotFound
+        raise Refusal("order-not-found")
 
 
-def _event(order_id: UUID, status: OrderStatus | None = None) -> Event:
-    """Return the event of a new order, or of an order's new status."""
-    payload = {"request_id": request_id.get()}
-    if status is None:
-        return Event(
-            order_id=order_id, kind=EventKind.NEW_ORDER, payload=payload
-        )
-    return Event(
-        order_id=order_id,
-        kind=EventKind.STATUS_CHANGED,
-        payload={"status": status, **payload},
-    )
+def _explain(old: OrderStatus, new: OrderStatus, expected: Any) -> Refusal:
+    """Return what kept an order from becoming `new`."""
+    if expected is not None and old not in expected:
+        return Refusal("precondition-failed")
+    allowed = sorted(models.TRANSITIONS[old])
+    next_ones = " or ".join(allowed) or "nothing more"
+    detail = f"An order that is {old} cannot become {new}: next is {next_ones}"
+    more: Any = {"current": old, "allowed": allowed}
+    return Refusal("transition-forbidden", detail, **more)
 
 
-def _encode_cursor(order: Order) -> str:
-    """Return where the page after `order` starts, as URL-safe text."""
-    text = f"{order.created_at.isoformat()} {order.id}"
-    return base64.urlsafe_b64encode(text.encode()).decode()
-
-
-def _decode_cursor(cursor: str) -> tuple[datetime, UUID]:
-    """Undo `_encode_cursor`; raise CursorBroken for anything else."""
-    try:
-        text = base64.b64decode(cursor, b"-_", validate=True).decode()
-        moment, _, order_id = text.partition(" ")
-        created_at = datetime.fromisoformat(moment)
-        created_at.astimezone(now().tzinfo)  # OverflowError: out of range
-        if created_at.tzinfo is None:
-            raise ValueError
-        return created_at, UUID(order_id)
-    except (ValueError, OverflowError):
-        raise CursorBroken from None
+def _event(order_id: UUID, kind: models.EventKind, **payload: Any) -> Row:
+    """Return the row of an event that is due now."""
+    moment = models.now()
+    return {
+        "id": uuid.uuid4(),
+        "order_id": order_id,
+        "kind": kind,
+        "payload": {**payload, "request_id": request_id.get()},
+        "created_at": moment,
+        "attempts": 0,
+        "due_at": moment,
+        "processed_at": None,
+    }
