@@ -7,7 +7,7 @@ import sys
 import pytest
 import servers
 from conftest import PASSWORD, User
-from oauthlib.oauth2 import LegacyApplicationClient
+from oauthlib.oauth2 import InvalidGrantError, LegacyApplicationClient
 from requests_oauthlib import OAuth2Session
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -23,7 +23,8 @@ from orders_client.api.orders import (
     change_order_status, create_order, get_order, list_orders)
 from orders_client.api.users import login, register
 from orders_client.models import (
-    BodyLogin, OrderCreate, OrderItem, OrderStatus, StatusChange, UserCreate)
+    BodyLogin, OrderCreate, OrderItem, OrderPublic, OrderStatus, Problem,
+    StatusChange, Token, UserCreate, UserPublic)
 
 api = Client(base_url=sys.argv[2])
 user = register.sync(
@@ -39,7 +40,30 @@ assert order.total_price == 3.0, order
 change_order_status.sync(
     order.id, client=me, body=StatusChange(status=OrderStatus.PAID))
 assert get_order.sync(order.id, client=me).status is OrderStatus.PAID
-assert [o.id for o in list_orders.sync(user.id, client=me)] == [order.id]
+assert [o.id for o in list_orders.sync(token.user_id, client=me)] == [order.id]
+assert isinstance(user, UserPublic) and isinstance(token, Token)
+assert isinstance(order, OrderPublic)
+
+again = change_order_status.sync(
+    order.id, client=me, body=StatusChange(status=OrderStatus.PAID))
+assert isinstance(again, Problem), again
+assert again.type_ == "/docs#transition-forbidden"
+assert again.status == 409 and again.title == "Conflict"
+assert again["current"] == "PAID" and "SHIPPED" in again["allowed"]
+taken = register.sync(
+    client=api,
+    body=UserCreate(email="eve@example.com", password="correct horse"))
+wrong = login.sync(
+    client=api, body=BodyLogin(username="eve@example.com", password="x"))
+invalid = create_order.sync(client=me, body=OrderCreate(items=[]))
+missing = get_order.sync("00000000-0000-4000-8000-000000000000", client=me)
+other = list_orders.sync(77, client=me)
+problems = taken, wrong, invalid, missing, other
+assert all(isinstance(p, Problem) for p in problems), problems
+assert [p.status for p in problems] == [409, 401, 422, 404, 403], problems
+assert isinstance(taken.detail, str)
+assert isinstance(invalid.detail, list)
+assert wrong["error"] == "invalid_grant"
 """
 
 
@@ -70,7 +94,9 @@ def test_a_generated_client_drives_the_journey(server, tmp_path):
         text=True,
         timeout=120,
     )
-    assert "Warning" not in generated.stdout + generated.stderr
+    said = generated.stdout + generated.stderr
+    assert generated.returncode == 0, said
+    assert "warning" not in said.lower()
 
     driven = subprocess.run(
         [sys.executable, "-c", JOURNEY, tmp_path, url],
@@ -90,10 +116,14 @@ def test_a_stock_oauth2_client_gets_a_token(server, http, monkeypatch):
     url = f"http://127.0.0.1:{server.port}"
 
     with OAuth2Session(client=LegacyApplicationClient("any")) as session:
-        session.fetch_token(
-            f"{url}/token/", username="ada@example.com", password=PASSWORD
+        token = session.fetch_token(
+            f"{url}/token", username="ada@example.com", password=PASSWORD
         )
-        answer = session.get(f"{url}/orders/user/1")
+        answer = session.get(f"{url}/orders/user/{token['user_id']}")
+        with pytest.raises(InvalidGrantError):
+            session.fetch_token(
+                f"{url}/token/", username="ada@example.com", password="wrong"
+            )
 
     assert answer.json() == []
 

@@ -8,12 +8,7 @@ from conftest import User, migrate
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    initialize,
-    rule,
-)
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
 from orders.api import create_app
 from orders.models import TRANSITIONS, OrderStatus
@@ -75,6 +70,9 @@ class OrdersAgainstADict(RuleBasedStateMachine):
         if who != owner:
             assert answer.status_code == 404
         else:
+            head = self.users[who].call("HEAD", f"/orders/{order}")
+            assert head.headers["etag"] == f'"{status}.1"'
+            assert head.headers["content-length"] == str(len(answer.content))
             assert answer.json()["status"] == status
             assert round(answer.json()["total_price"] * 100) == total
 
@@ -83,18 +81,21 @@ class OrdersAgainstADict(RuleBasedStateMachine):
         who=st.integers(0, 1),
         new=st.sampled_from(OrderStatus),
         expected=st.none() | st.sampled_from(OrderStatus),
+        weak=st.just("") | st.sampled_from(["", "W/"]),
     )
-    def change(self, order, who, new, expected):
+    def change(self, order, who, new, expected, weak):
         """Change a status: it works exactly when the dict allows it."""
         owner, status, total = self.model[order]
-        headers = {"If-Match": f'"{expected}"'} if expected else {}
+        headers = {"If-Match": f'{weak}"{expected}.1"'} if expected else {}
         answer = self.users[who].change(order, new, headers=headers)
         if who != owner:
             assert answer.status_code == 404
-        elif expected not in (None, status):
+        elif expected not in (None, status) or (expected and weak):
             assert answer.status_code == 412
         elif new not in TRANSITIONS[status]:
             assert answer.status_code == 409
+            assert answer.json()["current"] == status
+            assert {*answer.json()["allowed"]} == TRANSITIONS[status]
         else:
             assert answer.status_code == 200
             self.model[order] = (owner, new, total)

@@ -7,6 +7,7 @@ from conftest import User
 from test_journey import orders_command
 
 from orders.api import app
+from orders.models import REFUSALS
 
 
 def test_schemathesis_finds_nothing(tmp_path, http, pytestconfig):
@@ -62,3 +63,52 @@ def test_the_schema_says_what_a_client_developer_asks():
     for name, part in schema["components"]["schemas"].items():
         if name.endswith(("Create", "Public", "Change")):
             assert part["examples"]
+
+
+def test_the_schema_documents_every_error_as_a_problem():
+    """RFC 9457's media type, and members that a client can read."""
+    schema = app.openapi()
+    problem = schema["components"]["schemas"]["Problem"]
+    errors = [
+        (operation["operationId"], status, answer["content"])
+        for methods in schema["paths"].values()
+        for operation in methods.values()
+        for status, answer in operation["responses"].items()
+        if status >= "400" and operation["tags"] != ["service"]
+    ]
+
+    assert {"type", "title", "status", "detail"} <= {*problem["properties"]}
+    assert {*problem["required"]} <= {"type", "title", "status", "detail"}
+    assert len(errors) > 30
+    for where in errors:
+        *_, content = where
+        assert [*content] == ["application/problem+json"], where
+        reference = content["application/problem+json"]["schema"]["$ref"]
+        assert reference == "#/components/schemas/Problem"
+
+
+def test_the_schema_says_whose_it_is_and_how_long_keys_live():
+    """A licence, a contact, and what a header stands for."""
+    schema = app.openapi()
+    headers = {
+        parameter["name"]: parameter["description"]
+        for methods in schema["paths"].values()
+        for operation in methods.values()
+        for parameter in operation.get("parameters", [])
+        if parameter["in"] == "header"
+    }
+    page = schema["paths"]["/orders/user/{user_id}"]["get"]["parameters"]
+    (limit,) = [p["schema"] for p in page if p["name"] == "limit"]
+
+    assert schema["info"]["license"]["name"] == "MIT"
+    assert schema["info"]["contact"]["name"]
+    assert "never expire" in headers["Idempotency-Key"]
+    assert limit["maximum"] == 100
+
+
+def test_the_page_of_the_docs_explains_each_kind():
+    """What the `type` of a problem refers to."""
+    description = app.openapi()["info"]["description"]
+
+    for kind, (status, _) in REFUSALS.items():
+        assert f"| {kind} | {status} |" in description
