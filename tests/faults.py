@@ -2,7 +2,8 @@
 
 A journal keeps the orders that were answered with 201. At rest each of them
 is in the events table and processed, and the logs of all processes together
-say so once. A proxy makes a server slow.
+say so once. A proxy makes a server slow, cuts connections to it, or swallows
+what they carry.
 """
 
 import contextlib
@@ -17,10 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import psycopg
+import redis
 import servers
 from conftest import User
-
-from orders.events import LEASES
 
 PAUSE = 0.02  # seconds between two calls of a client
 
@@ -72,14 +72,51 @@ class Journal:
         """Return whether all these orders were processed."""
         return not self.where("processed_at IS NULL").intersection(orders)
 
+    def insert(self, number, kind="new_order", age=0):
+        """Write so many orders and their events, as an API would.
+
+        They are `age` seconds old, and acknowledged if they are new orders.
+        """
+        created = f"now() - interval '{age} s'"
+        email = uuid.uuid4()
+        rows = self.query(
+            f"""
+            WITH owner AS (
+                INSERT INTO users (email, hashed_password)
+                VALUES ('{email}', '') RETURNING id
+            ), new AS (
+                INSERT INTO orders
+                    (id, user_id, items, total_price, status, created_at)
+                SELECT gen_random_uuid(), id, '[]', 0, 'PENDING', {created}
+                FROM owner, generate_series(1, {number}) RETURNING id
+            )
+            INSERT INTO events
+                (id, order_id, kind, payload, created_at, attempts, due_at)
+            SELECT gen_random_uuid(), id, '{kind}', '{{}}', {created}, 0,
+                {created} + interval '2 s'
+            FROM new RETURNING id, order_id
+            """
+        )
+        if kind == "new_order":
+            self.acknowledged += [str(order) for _, order in rows]
+        return rows
+
+    def deliveries(self):
+        """Return how often each new order was delivered, at the mean."""
+        rows = self.query(
+            "SELECT sum(attempts), count(*) FROM events"
+            " WHERE kind = 'new_order'"
+        )
+        return float(rows[0][0] / rows[0][1])
+
     def end_leases(self):
         """Make what is not processed due now, to save the 30 s of a lease.
 
-        But not a lease that would never end.
+        It is delivered again by the next sweep that finds the queues empty.
         """
         self.query(
-            "UPDATE events SET due_at = now() WHERE processed_at IS NULL"
-            f" AND due_at < now() + interval '{LEASES[-1]} s' RETURNING id"
+            "UPDATE events SET due_at = now()"
+            " WHERE processed_at IS NULL AND attempts > 0 RETURNING id"
         )
 
     def settle(self, *processes, timeout=20, unsaid=0):
@@ -127,37 +164,76 @@ def user_of(client):
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Forwards connections to a port, each reply `delay` seconds late."""
+    """Forwards connections to a port, and harms them as it is told.
 
-    daemon_threads = True
+    Each reply comes `delay` seconds late. `cut` is asked with each piece of
+    data, and `swallow` too: what they find true ends the connection there, or
+    makes it silent in both directions, and open for ever.
+    """
+
+    daemon_threads = False  # the end waits for them
 
     def __init__(self, target):
         """Listen on a free port."""
         super().__init__(("127.0.0.1", 0), _Forward)
         self.target, self.delay = target, 0.0
+        self.cut = self.swallow = lambda connection, data: False
+        self.connections = []
         self.port = self.server_address[1]
+
+    def swallow_present(self):
+        """Swallow what the present connections carry; new ones work."""
+        present = set(self.connections)
+        self.swallow = lambda connection, data: connection in present
+        return len(present)
+
+    def end_present(self):
+        """Cut the present connections; new ones work."""
+        for connection in list(self.connections):
+            connection.end()
+
+    def handle_error(self, request, address):
+        """Say nothing of a target that is away."""
 
 
 class _Forward(socketserver.BaseRequestHandler):
+    """One connection; `pieces` of data went through it so far."""
+
     def handle(self):
-        with socket.create_connection(
+        """Copy bytes in both directions until either side ends."""
+        self.pieces, self.silent = 0, False
+        self.target = socket.create_connection(
             ("127.0.0.1", self.server.target)
-        ) as target:
-            threading.Thread(
-                target=_pump, args=(self.request, target), daemon=True
-            ).start()
-            _pump(target, self.request, lambda: time.sleep(self.server.delay))
+        )
+        self.server.connections.append(self)
+        back = threading.Thread(
+            target=self.pump, args=(self.request, self.target), daemon=True
+        )
+        back.start()
+        self.pump(self.target, self.request, late=True)
+        back.join()
+        self.server.connections.remove(self)
+        self.target.close()
 
-
-def _pump(source, sink, wait=lambda: None):
-    """Copy bytes until either side ends, then end both."""
-    with contextlib.suppress(OSError):
-        while data := source.recv(65536):
-            wait()
-            sink.sendall(data)
-    for side in (source, sink):
+    def pump(self, source, sink, *, late=False):
+        """Copy bytes until either side ends, then end both."""
         with contextlib.suppress(OSError):
-            side.shutdown(socket.SHUT_RDWR)
+            while data := source.recv(65536):
+                self.pieces += 1
+                if late:
+                    time.sleep(self.server.delay)
+                if self.server.cut(self, data):
+                    break
+                self.silent |= bool(self.server.swallow(self, data))
+                if not self.silent:
+                    sink.sendall(data)
+        self.end()
+
+    def end(self):
+        """End both sides, whatever state they are in."""
+        for side in (self.request, self.target):
+            with contextlib.suppress(OSError):
+                side.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
@@ -171,3 +247,128 @@ def proxying(server):
         finally:
             proxy.shutdown()
             thread.join()
+            proxy.end_present()
+
+
+# --- A network before Redis -------------------------------------------------
+
+
+class Line(Proxy):
+    """A proxy whose wires can be held, cut, and led elsewhere."""
+
+    daemon_threads = True
+
+    def __init__(self, target):
+        """Listen on a free port."""
+        super().__init__(target)
+        self.RequestHandlerClass = _Wire
+        self.cut = False  # wires that are laid from now on are held, too
+        self.wires = []
+
+    def hold(self):
+        """Hold back what travels on the present wires."""
+        for wire in self.wires:
+            wire.flows.clear()
+
+    def release(self):
+        """Let all that was held back arrive."""
+        self.cut = False
+        for wire in self.wires:
+            wire.flows.set()
+
+    def lead_to(self, server, *, noticed=True):
+        """Lay new wires to another server; the present ones may end."""
+        self.target = server.port
+        for wire in self.wires if noticed else ():
+            with contextlib.suppress(OSError):
+                wire.request.shutdown(socket.SHUT_RDWR)
+
+
+def _pump(source, sink, wait):
+    """Copy bytes until either side ends, then end both."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            wait()
+            sink.sendall(data)
+    for side in (source, sink):
+        with contextlib.suppress(OSError):
+            side.shutdown(socket.SHUT_RDWR)
+
+
+class _Wire(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.flows = threading.Event()
+        if not self.server.cut:
+            self.flows.set()
+        self.server.wires.append(self)
+        self.flows.wait()
+        address = "127.0.0.1", self.server.target
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(address) as target,
+        ):
+            there = self.request, target, self.flows.wait
+            threading.Thread(target=_pump, args=there, daemon=True).start()
+            _pump(target, self.request, self.wait)
+
+    def wait(self):
+        """Wait as long as a reply takes."""
+        self.flows.wait()
+        time.sleep(self.server.delay)
+
+
+@contextlib.contextmanager
+def line_to(server):
+    """Run a line to a server for the time of the block."""
+    with Line(server.port) as line:
+        thread = threading.Thread(target=line.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield line
+        finally:
+            line.release()
+            line.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def refusing(server, fault):
+    """Let a Redis answer reads and refuse writes for the block's time."""
+    tell = redis.Redis(port=server.port).execute_command
+    dump = server.folder / "dump.rdb"
+
+    def snapshot(wanted):
+        tell("BGSAVE")
+        servers.wait_until(
+            lambda: wanted == tell("INFO")["rdb_last_bgsave_status"], 5
+        )
+
+    if fault == "no snapshot":
+        tell("CONFIG SET", "save", "3600 1")
+        dump.mkdir()
+        snapshot("err")
+    else:
+        tell(*REFUSALS[fault][0])
+    try:
+        yield
+    finally:
+        if fault == "no snapshot":
+            dump.rmdir()
+            snapshot("ok")
+        else:
+            tell(*REFUSALS[fault][1])
+
+
+# What makes a Redis refuse writes, and what heals it.
+REFUSALS = {
+    "no memory": (
+        ("CONFIG SET", "maxmemory", 1),
+        ("CONFIG SET", "maxmemory", 0),
+    ),
+    "read-only": (("REPLICAOF", "127.0.0.1", 1), ("REPLICAOF", "NO", "ONE")),
+    "no replica": (
+        ("CONFIG SET", "min-replicas-to-write", 1),
+        ("CONFIG SET", "min-replicas-to-write", 0),
+    ),
+    "no snapshot": (),
+}

@@ -6,6 +6,7 @@ own, and ends with the test that asked for it. `missing` says what to install.
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,6 +23,8 @@ START_TIMEOUT = 60  # seconds
 BROKER_PASSWORD = "never-to-be-logged"
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 PYTHON = Path(sys.executable).parent
+PORTS = range(12_000, 32_000)  # below those that systems give away
+CLAIMS: list[socket.socket] = []
 
 
 def postgres_binaries() -> Path | None:
@@ -47,9 +50,23 @@ def missing() -> list[str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Return a port that nobody listens on, and nobody else is given.
+
+    A UDP socket of that number claims it until this process ends, so that
+    test runs beside each other draw different ones. The system itself draws
+    from higher ones for connections, and for who asks for port 0.
+    """
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        claim = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            claim.bind(("127.0.0.1", port))
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            claim.close()
+        else:
+            CLAIMS.append(claim)
+            return port
 
 
 def without_coverage() -> dict[str, str]:
@@ -148,6 +165,8 @@ class Server:
         PostgreSQL's backends and Erlang's helpers leave the process group.
         """
         assert self.process is not None
+        if self.process.poll() is not None:
+            return  # its number may be another process's by now
         for pid in family(self.process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -193,7 +212,7 @@ def postgres(folder: Path) -> Server:
         for path in (folder, data):
             shutil.chown(path, user)
         for parent in folder.parents:  # pytest's own folders are private
-            if parent.name.startswith("pytest-"):
+            if parent.name.startswith(("pytest-", "popen-")):
                 parent.chmod(0o755)
     subprocess.run(
         [binaries / "initdb", "-A", "trust", "-U", "postgres", "-D", data],
@@ -295,7 +314,7 @@ def worker(folder: Path, env: dict[str, str]) -> Server:
         ],
         port=0,
         folder=folder,
-        env={**env, "PYTHONWARNINGS": "ignore"},
+        env=env,
         ours=True,
     )
     server.ready = lambda: (

@@ -1,19 +1,23 @@
 """The rules that the code keeps about itself."""
 
 import ast
+import contextlib
 import os
+import stat
 from pathlib import Path
 
 import pytest
 import servers
-from alembic import command
+from alembic import command, op
 from alembic.config import Config
-from conftest import User
+from conftest import User, migrate
 from fastapi.testclient import TestClient
+from sqlalchemy import inspect, text
 
 import orders
 from orders.__main__ import ALEMBIC_INI
 from orders.api import create_app
+from orders.db import create_sync_engine
 
 PACKAGE = Path(orders.__file__).parent
 # The reading order that the package's docstring gives.
@@ -22,7 +26,11 @@ LADDER = [
     for line in (orders.__doc__ or "").splitlines()
     if line.split()[1:] and (PACKAGE / f"{line.split()[0]}.py").exists()
 ]
-LONGEST_FUNCTION = 40  # lines
+MAX_MODULES = 13
+MAX_LINES = 3051  # of all modules together
+LONGEST_MODULE = 350  # lines
+LONGEST_FUNCTION = 40  # lines, with its docstring
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def trees():
@@ -30,6 +38,32 @@ def trees():
     return {
         path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")
     }
+
+
+def definitions(kinds):
+    """Return the name and node of each definition, the nested ones too."""
+    return [
+        (f"{module}.{node.name}", node)
+        for module, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, kinds)
+    ]
+
+
+def imported_by(node):
+    """Return the modules of the package that an import names."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif node.module == "orders" or node.level:
+        base = node.module or "orders"
+        names = [f"{base}.{alias.name}" for alias in node.names]
+    else:
+        names = [node.module]
+    return [
+        name.partition(".")[2]
+        for name in names
+        if name.split(".")[0] == "orders"
+    ]
 
 
 def test_every_file_is_in_the_reading_order():
@@ -40,44 +74,63 @@ def test_every_file_is_in_the_reading_order():
 @pytest.mark.parametrize("name", LADDER)
 def test_imports_run_downward_only(name):
     """A module imports only from those above it in the reading order."""
-    for node in ast.walk(trees()[name]):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            package, _, module = node.module.partition(".")
-            if package == "orders":
-                imported = (
-                    [module]
-                    if module
-                    else [alias.name for alias in node.names]
-                )
-                for each in imported:
-                    assert LADDER.index(each) < LADDER.index(name)
+    imports = [
+        each
+        for node in ast.walk(trees()[name])
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for each in imported_by(node)
+    ]
+    above = LADDER[: LADDER.index(name)]
+
+    assert set(imports) - set(above) == set()
 
 
-@pytest.mark.parametrize("name", LADDER)
-def test_functions_are_short_and_import_nothing(name):
+def test_nothing_is_imported_inside_a_function_or_a_condition():
+    """What a module needs stands at its top: no circle can hide."""
+    hidden = [
+        f"{module}:{node.lineno}"
+        for module, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        and node not in tree.body
+    ]
+
+    assert hidden == []
+
+
+def test_the_house_is_small():
+    """A small team reads it in an afternoon."""
+    lines = {
+        path.stem: len(path.read_text().splitlines())
+        for path in PACKAGE.glob("*.py")
+    }
+    too_long = {
+        module: count
+        for module, count in lines.items()
+        if count > LONGEST_MODULE
+    }
+
+    assert len(lines.keys() - {"__init__"}) <= MAX_MODULES
+    assert too_long == {}
+    assert sum(lines.values()) <= MAX_LINES
+
+
+def test_functions_are_short():
     """A function fits on a screen."""
-    for node in ast.walk(trees()[name]):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            lines = node.end_lineno - node.lineno + 1
-            assert lines <= LONGEST_FUNCTION, f"{name}.{node.name}"
-            inner = [n for b in node.body for n in ast.walk(b)]
-            assert not any(
-                isinstance(n, ast.Import | ast.ImportFrom) for n in inner
-            ), f"{name}.{node.name}"
+    too_long = {
+        name: node.end_lineno - node.lineno + 1
+        for name, node in definitions(FUNCTIONS)
+        if node.end_lineno - node.lineno >= LONGEST_FUNCTION
+    }
+
+    assert too_long == {}
 
 
-@pytest.mark.parametrize("mode", ["embedded", "production"])
-def test_the_migrations_build_what_the_models_say(mode, request, monkeypatch):
-    """No drift, and the way back works."""
-    settings = request.getfixturevalue(mode)
-    monkeypatch.setenv("DATABASE_URL", settings.database_url)
-    config = Config(ALEMBIC_INI)
+def test_everything_says_what_it_is_for():
+    """Each module, class and function, private and nested ones too."""
+    named = [*trees().items(), *definitions(FUNCTIONS | ast.ClassDef)]
 
-    command.check(config)
-    command.downgrade(config, "base")
-    command.upgrade(config, "head")
-    command.check(config)
+    assert [name for name, node in named if not ast.get_docstring(node)] == []
 
 
 NEXT_MIGRATION = """
@@ -91,29 +144,125 @@ def upgrade():
         orders.drop_constraint("orders_status_check", type_="check")
         orders.create_check_constraint("orders_status_check", "status <> ''")
 """
+ABORTED_MIGRATION = (
+    NEXT_MIGRATION
+    + """
+    op.execute("CREATE TABLE half (id INTEGER)")
+    op.execute("INSERT INTO half VALUES (1)")
+    raise ArithmeticError("in the middle")
+"""
+)
 
 
-@pytest.mark.parametrize("mode", ["embedded", "production"])
-def test_a_migration_may_replace_a_constraint(
-    mode, request, monkeypatch, tmp_path
-):
-    """SQLite makes the table anew: what refers to it stays, and its rows."""
-    settings = request.getfixturevalue(mode)
+@pytest.fixture(params=["embedded", "production"])
+def migrated(request, monkeypatch):
+    """Return settings of either mode, which migrations find, too."""
+    settings = request.getfixturevalue(request.param)
     monkeypatch.setenv("DATABASE_URL", settings.database_url)
-    with TestClient(create_app(settings)) as client:
-        ada = User(client, "ada@example.com")
-        order_id = ada.order()
-    (tmp_path / "next.py").write_text(NEXT_MIGRATION)
+    return settings
+
+
+def test_the_migrations_build_what_the_models_say(migrated):
+    """No drift, and the way back works."""
     config = Config(ALEMBIC_INI)
-    versions = f"{ALEMBIC_INI.parent}/migrations/versions\n{tmp_path}"
+
+    command.check(config)
+    command.downgrade(config, "base")
+    command.upgrade(config, "head")
+    command.check(config)
+
+
+def config_with(folder, migration):
+    """Return a configuration with one more migration, of this text."""
+    (folder / "next.py").write_text(migration)
+    config = Config(ALEMBIC_INI)
+    versions = f"{ALEMBIC_INI.parent}/migrations/versions\n{folder}"
     config.set_main_option("version_locations", versions)
     config.set_main_option("path_separator", "newline")
+    return config
 
-    command.upgrade(config, "next")
 
-    with TestClient(create_app(settings)) as client:
+def test_a_migration_may_replace_a_constraint(migrated, tmp_path):
+    """SQLite makes the table anew: what refers to it stays, and its rows."""
+    with TestClient(create_app(migrated)) as client:
+        ada = User(client, "ada@example.com")
+        order_id = ada.order()
+
+    command.upgrade(config_with(tmp_path, NEXT_MIGRATION), "next")
+
+    with TestClient(create_app(migrated)) as client:
         path = f"/orders/{order_id}/events"
         assert len(client.get(path, headers=ada.headers).json()) == 1
+
+
+@contextlib.contextmanager
+def connected(url):
+    """Open a connection for the time of the block."""
+    engine = create_sync_engine(url)
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
+def described(url):
+    """Return all that a database says about its tables and revision."""
+    with connected(url) as connection:
+        inspector = inspect(connection)
+        tables = {
+            name: (
+                [str(column) for column in inspector.get_columns(name)],
+                inspector.get_check_constraints(name),
+            )
+            for name in sorted(inspector.get_table_names())
+        }
+        version = connection.execute(text("SELECT * FROM alembic_version"))
+        return tables, version.all()
+
+
+def test_an_aborted_migration_leaves_nothing(migrated, tmp_path):
+    """And the next start works, with the migration mended."""
+    before = described(migrated.database_url)
+    with pytest.raises(ArithmeticError):
+        command.upgrade(config_with(tmp_path, ABORTED_MIGRATION), "next")
+    after = described(migrated.database_url)
+    (tmp_path / "next.py").unlink()
+
+    command.upgrade(Config(ALEMBIC_INI), "head")
+    command.upgrade(config_with(tmp_path, NEXT_MIGRATION), "next")
+
+    assert after == before
+    assert described(migrated.database_url)[1] == [("next",)]
+
+
+def test_an_aborted_first_migration_can_be_tried_again(tmp_path, monkeypatch):
+    """It leaves a new file of SQLite's as empty as it was."""
+    url = f"sqlite:///{tmp_path}/orders.db"
+    monkeypatch.setenv("DATABASE_URL", url)
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "create_index", lambda *_, **__: 1 / 0)
+        with pytest.raises(ArithmeticError):
+            command.upgrade(Config(ALEMBIC_INI), "head")
+
+    command.upgrade(Config(ALEMBIC_INI), "head")
+
+    assert described(url)[1] == [("0001",)]
+
+
+def test_the_database_file_is_private(tmp_path, monkeypatch):
+    """It holds password hashes; SQLite's own files beside it follow it."""
+    umask = os.umask(0o022)
+    try:
+        path = tmp_path / "orders.db"
+        migrate(f"sqlite:///{path}")
+        with connected(f"sqlite:///{path}") as connection:
+            connection.execute(text("UPDATE users SET email = ''"))
+            files = sorted(tmp_path.iterdir())
+            modes = {stat.S_IMODE(file.stat().st_mode) for file in files}
+    finally:
+        os.umask(umask)
+
+    assert len(files) > 1
+    assert modes == {0o600}
 
 
 def test_in_ci_nothing_is_skipped():
