@@ -4,19 +4,19 @@ import asyncio
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 import servers
-from conftest import ITEMS, User
+from conftest import ITEMS, User, replace
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
-from orders import auth, cache
+from orders import cache
 from orders.api import create_app
-from orders.cache import CacheAway, MemoryCache, RedisCache, RedisLink
-from orders.db import Database
-from orders.models import EventKind, OrderCreate, UserCreate
+from orders.auth import Accounts, UserCreate
+from orders.cache import MemoryCache, OrderView, RedisAway, RedisCache
+from orders.db import MAX_CALLS, Batch, Database
+from orders.models import OrderCreate
 from orders.service import OrderService
 
 ORDER = uuid.uuid4()
@@ -57,7 +57,7 @@ def test_orders_are_taken_without_redis_and_rabbitmq(embedded):
     assert ready.json() == {
         "status": "degraded",
         "database": "ok",
-        "cache": "unavailable",
+        "cache": "untrusted",
         "broker": "unavailable",
     }
     assert codes == [200, 200, 429]
@@ -81,14 +81,14 @@ def test_a_missing_database_is_a_503(embedded, caplog):
     assert caplog.text.count("The database is away") == 1
 
 
-def test_a_fault_of_the_database_tells_no_secret(tmp_path):
+def test_a_fault_of_the_database_tells_no_secret(embedded, tmp_path):
     """Its text goes to the log, and the statement has a password's hash."""
 
     async def register():
         database = Database(f"sqlite:///{tmp_path}/without-tables.db")
         draft = UserCreate(email="ada@example.com", password="long enough")
         try:
-            await auth.register(database, draft)
+            await Accounts(database, embedded).register(draft)
         finally:
             await database.close()
 
@@ -99,26 +99,40 @@ def test_a_fault_of_the_database_tells_no_secret(tmp_path):
     assert "argon2" not in str(fault.value)
 
 
-def test_an_absent_redis_is_left_alone_for_a_while():
-    """The first call meets it, the next ones are refused at once."""
+def test_an_absent_redis_is_met_by_the_keeper_alone():
+    """Whoever else finds it away goes without, at once."""
 
     async def run():
-        link = RedisLink(refused("redis"), timeout=1)
-        shared = RedisCache(link, link)
-        with pytest.raises(CacheAway) as first:
-            await shared.ping()
-        with pytest.raises(CacheAway) as second:
-            await shared.ping()
+        shared = RedisCache(refused("redis"))
+        began = time.monotonic()
+        with pytest.raises(RedisAway):
+            await shared.ask(("PING",))
+        shared.fill(ORDER, view("old"), time.monotonic())
+        await shared.invalidate(ORDER)
         assert await shared.get(ORDER) is None
-        await shared.fill(ORDER, b"x", time.monotonic())
-        assert await shared.invalidate(ORDER) is False
-        await link.close()
-        return str(first.value), str(second.value)
+        with pytest.raises(RedisAway) as met:
+            await prove(shared)
+        await shared.close()
+        assert not shared.trusted
+        return str(met.value.__cause__), time.monotonic() - began
 
-    met, skipped = asyncio.run(run())
+    cause, seconds = asyncio.run(run())
 
-    assert "refused" in met or "failed" in met
-    assert skipped == ""
+    assert "refused" in cause or "failed" in cause
+    assert seconds < 0.5
+
+
+# --- What both caches promise -----------------------------------------------
+
+
+def view(body, status="PENDING"):
+    """Return an order as it is cached."""
+    return OrderView(1, status, body.encode())
+
+
+async def prove(orders, *changed):
+    """Make a keeper's round that knows all changes."""
+    await orders.prove(changed, began=time.monotonic(), complete=True)
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -129,10 +143,12 @@ def filled(request):
     stack = request.getfixturevalue("stack")
 
     async def run(use):
-        link = RedisLink(stack.redis_url, timeout=1)
-        await link.call(("FLUSHALL",))
-        await use(RedisCache(link, link))
-        await link.close()
+        orders = RedisCache(stack.redis_url)
+        await prove(orders)
+        await orders.ask(("FLUSHALL",))
+        await prove(orders)
+        await use(orders)
+        await orders.close()
 
     return lambda use: asyncio.run(run(use))
 
@@ -142,12 +158,12 @@ def test_a_tombstone_refuses_to_be_filled(filled):
 
     async def use(orders):
         moment = time.monotonic()
-        await orders.fill(ORDER, b"old", moment)
-        assert await orders.get(ORDER) == b"old"
-        await orders.fill(ORDER, b"other", moment)
-        assert await orders.get(ORDER) == b"old"
-        assert await orders.invalidate(ORDER, OTHER)
-        await orders.fill(ORDER, b"old", moment)
+        orders.fill(ORDER, view("old"), moment)
+        assert await orders.get(ORDER) == view("old")
+        orders.fill(ORDER, view("other"), moment)
+        assert await orders.get(ORDER) == view("old")
+        await orders.invalidate(ORDER)
+        orders.fill(ORDER, view("old"), moment)
         assert await orders.get(ORDER) is None
 
     filled(use)
@@ -157,71 +173,146 @@ def test_a_row_that_was_read_too_long_ago_is_not_cached(filled):
     """Its tombstone may be gone already."""
 
     async def use(orders):
-        await orders.fill(ORDER, b"x", time.monotonic() - cache.MAX_FILL_AGE)
+        moment = time.monotonic()
+        orders.fill(ORDER, view("x"), moment - cache.MAX_FILL_AGE)
         assert await orders.get(ORDER) is None
+        orders.fill(ORDER, view("x"), time.monotonic())
+        assert await orders.get(ORDER) == view("x")
 
     filled(use)
 
 
-def test_calls_that_travel_together_get_their_own_answers(stack):
-    """Also when one of them gives up on the way."""
+def test_what_a_keeper_was_told_of_is_a_miss(filled):
+    """A change of a process that could not say so itself."""
 
-    async def run():
-        link = RedisLink(stack.redis_url, timeout=1)
-        calls = [
-            asyncio.create_task(link.call(("ECHO", n), ("ECHO", -n)))
-            for n in range(200)
-        ]
-        await asyncio.sleep(0)
-        calls[100].cancel()
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        await link.close()
-        return answers
+    async def use(orders):
+        for order_id in ORDER, OTHER:
+            orders.fill(order_id, view("x"), time.monotonic())
+        await prove(orders, ORDER)
+        assert await orders.get(ORDER) is None
+        assert await orders.get(OTHER) == view("x")
 
-    answers = asyncio.run(run())
-
-    assert isinstance(answers.pop(100), asyncio.CancelledError)
-    sent = [n for n in range(200) if n != 100]
-    assert answers == [[b"%d" % n, b"%d" % -n] for n in sent]
-
-
-def test_no_call_waits_longer_than_the_limit_of_a_round_trip():
-    """Who waits behind a hung round trip fails with it."""
-
-    async def run():
-        async def say_nothing(reader, writer):
-            await reader.read()
-            writer.close()
-
-        silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
-        port = silent.sockets[0].getsockname()[1]
-        link = RedisLink(f"redis://127.0.0.1:{port}/0", timeout=0.2)
-        began, calls = time.monotonic(), []
-        for _ in range(5):
-            calls.append(asyncio.create_task(link.call(("PING",))))
-            await asyncio.sleep(0.02)
-        ends = await asyncio.gather(*calls, return_exceptions=True)
-        seconds = time.monotonic() - began
-        await link.close()
-        silent.close()
-        return ends, seconds
-
-    ends, seconds = asyncio.run(run())
-
-    assert {type(end) for end in ends} == {CacheAway}
-    assert seconds < 0.3
+    filled(use)
 
 
 def test_the_memory_cache_forgets_the_oldest(monkeypatch):
     """It has a size."""
-    monkeypatch.setattr(cache, "MEMORY_SIZE", 2)
+    size = len(view("x").encode()) + cache.ENTRY_SIZE
+    monkeypatch.setattr(cache, "MEMORY_SIZE", 2 * size)
 
     async def use(orders):
         for number in range(3):
-            await orders.fill(uuid.UUID(int=number), b"x", time.monotonic())
+            orders.fill(uuid.UUID(int=number), view("x"), time.monotonic())
         return [await orders.get(uuid.UUID(int=n)) for n in range(3)]
 
-    assert asyncio.run(use(MemoryCache())) == [None, b"x", b"x"]
+    assert asyncio.run(use(MemoryCache())) == [None, view("x"), view("x")]
+
+
+# --- Calls that share round trips -------------------------------------------
+
+
+class Trips:
+    """A journey that ends when a test says so, and what travelled."""
+
+    def __init__(self):
+        """Have nothing under way."""
+        self.made, self.ends = [], []
+        self.batch = Batch(self.trip)
+
+    async def trip(self, questions):
+        """Answer each question with its double, a text with an error."""
+        self.made.append(questions)
+        self.ends.append(asyncio.get_running_loop().create_future())
+        await self.ends[-1]
+        return [
+            ValueError(q) if isinstance(q, str) else 2 * q for q in questions
+        ]
+
+    async def ask(self, *questions):
+        """Ask, and return the answers' futures once they travel or wait."""
+        asked = [self.batch.ask(question) for question in questions]
+        await asyncio.sleep(0)
+        return asked
+
+
+async def ends(asked):
+    """Return the answers, errors among them."""
+    return await asyncio.gather(*asked, return_exceptions=True)
+
+
+def test_a_first_call_travels_at_once_and_the_next_together():
+    """A lone caller waits for nobody."""
+
+    async def run():
+        trips = Trips()
+        asked = await trips.ask(1)
+        assert trips.made == [[1]]
+        asked += await trips.ask(2, 3)
+        asked += await trips.ask(4)
+        assert trips.made == [[1]]
+        trips.ends[0].set_result(None)
+        assert await asked[0] == 2
+        assert trips.made == [[1], [2, 3, 4]]
+        trips.ends[1].set_result(None)
+        assert await ends(asked) == [2, 4, 6, 8]
+        assert len(await trips.ask(5)) == 1
+        assert trips.made[2:] == [[5]]
+        trips.ends[2].set_result(None)
+
+    asyncio.run(run())
+
+
+def test_an_answer_is_its_own_callers():
+    """Also when one of them gives up on the way, or gets an error."""
+
+    async def run():
+        trips = Trips()
+        asked = await trips.ask(0)
+        asked += await trips.ask(1, "bad", 3, 4)
+        trips.ends[0].set_result(None)
+        await asked[0]
+        asked[3].cancel()
+        trips.ends[1].set_result(None)
+        answers = await ends(asked)
+        assert isinstance(answers.pop(3), asyncio.CancelledError)
+        assert isinstance(answers.pop(2), ValueError)
+        assert answers == [0, 2, 8]
+
+    asyncio.run(run())
+
+
+def test_who_waits_behind_a_trip_that_fails_fails_with_it():
+    """Nobody waits for two time limits; who comes later travels."""
+
+    async def run():
+        trips = Trips()
+        asked = await trips.ask(1)
+        asked += await trips.ask(*range(2 * MAX_CALLS))
+        trips.ends[0].set_exception(OSError())
+        assert {type(end) for end in await ends(asked)} == {OSError}
+        (later,) = await trips.ask(7)
+        trips.ends[1].set_result(None)
+        assert await later == 14
+        assert trips.made == [[1], [7]]
+
+    asyncio.run(run())
+
+
+def test_a_trip_carries_so_many_calls_and_no_more():
+    """Or a server would be held up by one of them."""
+
+    async def run():
+        trips = Trips()
+        asked = await trips.ask(0)
+        asked += await trips.ask(*range(MAX_CALLS + 1))
+        for number in range(3):
+            await asyncio.sleep(0)
+            trips.ends[number].set_result(None)
+            await asyncio.sleep(0.01)
+        await ends(asked)
+        assert [len(made) for made in trips.made] == [1, MAX_CALLS, 1]
+
+    asyncio.run(run())
 
 
 # --- A change, step by step -------------------------------------------------
@@ -233,15 +324,15 @@ class Change:
     def __init__(self, settings):
         """Prepare; `run` creates the order and changes it."""
         self.database = Database(settings.database_url)
+        self.accounts = Accounts(self.database, settings)
         self.cache = MemoryCache()
-        wake = dict.fromkeys(EventKind, lambda: None)
-        self.service = OrderService(self.database, self.cache, wake)
+        self.service = OrderService(self.database, self.cache)
         self.invalidate = self.cache.invalidate
 
     async def run(self, invalidate):
         """Change the order with another `invalidate`; return what is read."""
         draft = UserCreate(email="ada@example.com", password="long enough")
-        self.user = (await auth.register(self.database, draft)).id
+        self.user = (await self.accounts.register(draft)).id
         created = await self.service.create(
             self.user, OrderCreate(items=ITEMS)
         )
@@ -275,7 +366,7 @@ def test_a_death_after_the_commit_leaves_nothing_stale(embedded):
     async def die_once_committed(order_id):
         if await change.committed():
             raise Died
-        return await change.invalidate(order_id)
+        await change.invalidate(order_id)
 
     assert asyncio.run(change.run(die_once_committed)) == "PAID"
 
@@ -285,10 +376,9 @@ def test_a_cache_that_forgets_before_the_commit_is_told_again(embedded):
     change = Change(embedded)
 
     async def forget_before_the_commit(order_id):
-        taken = await change.invalidate(order_id)
+        await change.invalidate(order_id)
         if not await change.committed():
             change.cache._entries.clear()
             assert await change.read() == "PENDING"
-        return taken
 
     assert asyncio.run(change.run(forget_before_the_commit)) == "PAID"
