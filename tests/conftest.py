@@ -1,16 +1,20 @@
 """Fixtures: the API in both modes, on real servers, and a user to drive it.
 
 `embedded` needs nothing. `production` runs on private PostgreSQL, Redis and
-RabbitMQ, started once a session; it is skipped where they are not installed.
+RabbitMQ, started once by each of the processes that share the tests out; it is
+skipped where they are not installed. What harms processes for seconds is
+marked `fault`, and runs when it is named, or with `--all`.
 """
 
 import contextlib
 import itertools
 import os
 import random
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
@@ -23,6 +27,9 @@ from alembic.config import Config
 os.environ["JWT_SECRET_KEY"] = "0123456789abcdef" * 4
 for name in ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL", "RATE_LIMIT"):
     os.environ.pop(name, None)
+# Or each process that a test starts would compile all its modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTEST_ADDOPTS"] = "-n 0"  # of the runs that a test starts
 
 pytest.register_assert_rewrite("faults")
 
@@ -35,12 +42,24 @@ from orders.settings import Settings
 
 PASSWORD = "correct horse battery"
 SECRET = "never-in-a-log"  # of the private servers, which take any
+NO_FAULTS = "not fault"
 ITEMS = [{"name": "tea", "quantity": 3, "price": 0.1}]
 
 
+# Tests of these run one after the other, for they share what is dear to make.
+SHARED = ("frail_rabbitmq", "reader")
+# The modules in which a test that runs processes harms them, or waits long.
+FAULTS = {"faults", "store_faults", "trust", "outages", "loads"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the tests of faults run longer, and repeat what a run did."""
-    group = parser.getgroup("faults")
+    """Let a run take all tests, let faults last, and repeat a run."""
+    group = parser.getgroup("orders")
+    group.addoption(
+        "--all",
+        action="store_true",
+        help="run also what harms processes for seconds",
+    )
     group.addoption(
         "--fault-minutes",
         type=float,
@@ -55,9 +74,65 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave faults out, unless all tests or certain ones are asked for."""
+    option = config.option
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if not (option.all or option.keyword or option.markexpr or named):
+        option.markexpr = NO_FAULTS
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark faults, and group the tests that share a fixture, longest first."""
+    items.sort(key=lambda item: SHARED[1] not in item.fixturenames)
+    for item in items:
+        fixtures = item.fixturenames
+        module = item.path.stem.removeprefix("test_")
+        if module in FAULTS and "run" in fixtures:
+            item.add_marker("fault")
+        for shared in SHARED:
+            if shared in fixtures:
+                item.add_marker(pytest.mark.xdist_group(shared))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[
+    None, pytest.TestReport, pytest.TestReport
+]:
+    """Fail a test that is skipped in CI, where nothing may be missing."""
+    report = yield
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    if skipped and os.environ.get("CI"):
+        report.outcome = "failed"
+        report.longrepr = f"Skipped in CI. {reason(report)}"
+    return report
+
+
+def reason(report: pytest.TestReport) -> str:
+    """Return why a test was skipped."""
+    assert isinstance(report.longrepr, tuple)
+    return report.longrepr[2].removeprefix("Skipped: ")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     """Print the seed, which repeats a run."""
     return f"faults: --fault-seed={config.getoption('fault_seed')}"
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what was left out, and how it would be run."""
+    skipped = terminalreporter.getreports("skipped")
+    counted = Counter(map(reason, skipped))
+    lines = [f"{number} tests. {why}" for why, number in counted.items()]
+    if config.option.markexpr == NO_FAULTS:
+        lines.append("What harms processes for seconds: --all runs it, too")
+    if lines:
+        terminalreporter.section("left out")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.fixture
@@ -68,9 +143,7 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
 
 
 @pytest.fixture
-def rounds(
-    request: pytest.FixtureRequest,
-) -> Callable[[int], Iterator[int]]:
+def rounds(request: pytest.FixtureRequest) -> Callable[[int], Iterator[int]]:
     """Return what counts rounds: a few, or for as long as was asked for."""
     minutes = request.config.getoption("fault_minutes")
 
@@ -136,13 +209,26 @@ def databases() -> Iterator[int]:
     return iter(range(1_000_000))
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a migrated SQLite database, to be copied."""
+    path = tmp_path_factory.mktemp("embedded") / "orders.db"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture
-def embedded(tmp_path: Path) -> Settings:
+def embedded(tmp_path: Path, empty_database: Path) -> Settings:
     """Return settings of an empty machine, the rate limit off."""
-    url = f"sqlite:///{tmp_path}/orders.db"
-    migrate(url)
+    url = f"sqlite:///{shutil.copy(empty_database, tmp_path)}"
     secret = os.environ["JWT_SECRET_KEY"]
-    return Settings(jwt_secret_key=secret, database_url=url, rate_limit="")
+    return Settings(
+        jwt_secret_key=secret,
+        database_url=url,
+        redis_url=None,  # whatever the developer's .env says
+        rabbitmq_url=None,
+        rate_limit="",
+    )
 
 
 @pytest.fixture
@@ -174,12 +260,15 @@ def http() -> Iterator[Callable[[servers.Server], httpx2.Client]]:
     with contextlib.ExitStack() as stack:
         yield lambda server: stack.enter_context(
             httpx2.Client(
-                base_url=f"http://127.0.0.1:{server.port}", timeout=10
+                base_url=f"http://127.0.0.1:{server.port}",
+                timeout=10,
+                # Less than the server's, or a call may meet its end.
+                limits=httpx2.Limits(keepalive_expiry=3),
             )
         )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def frail_rabbitmq(
     stack: Stack, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[servers.Server]:
@@ -299,6 +388,11 @@ class User:
         """Return whether the order's creation was processed."""
         events = self.call("GET", f"/orders/{order_id}/events").json()
         return events[0]["processed_at"] is not None
+
+
+def replace(settings: Settings, **changes: object) -> Settings:
+    """Return settings with some changed."""
+    return settings.model_copy(update=changes)
 
 
 def migrate(database_url: str) -> None:
