@@ -5,10 +5,7 @@ FROM ghcr.io/astral-sh/uv:python3.14-alpine
 ENV UV_COMPILE_BYTECODE=1 \
     UV_LINK_MODE=copy \
     UV_NO_CACHE=1 \
-    UV_NO_SYNC=1 \
-    UV_PYTHON_DOWNLOADS=never \
-    PYTHONUNBUFFERED=1 \
-    HOME=/tmp
+    UV_PYTHON_DOWNLOADS=never
 WORKDIR /app
 
 # The dependencies are a layer of their own: they change less than the code.
@@ -20,9 +17,21 @@ COPY orders orders
 RUN uv sync --locked --no-dev
 
 # Celery takes a group without a name for root's, and warns.
-RUN echo orders:x:10001: >> /etc/group
+RUN echo orders:x:10001: >> /etc/group && install -d -o 10001 -g 10001 /data
 USER 10001:10001
+
+# Alone, it keeps .env and orders.db here: mount a volume. No VOLUME, which
+# would leave an anonymous one behind each container.
+WORKDIR /data
+ENV UV_PROJECT=/app \
+    UV_NO_SYNC=1 \
+    ALEMBIC_CONFIG=/app/alembic.ini \
+    APP_HOST=0.0.0.0 \
+    HOME=/tmp \
+    PYTHONUNBUFFERED=1
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 \
-    CMD ["/app/.venv/bin/python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('APP_PORT', '8000') + '/health', timeout=2)"]
+# An API that accepts the call but does not answer for a minute hangs: killed,
+# it is restarted. One that refuses it is starting or stopping.
+HEALTHCHECK --interval=30s --timeout=75s --start-period=2m --start-interval=2s \
+    CMD timeout 60 wget -q -O /dev/null http://127.0.0.1:${APP_PORT:-8000}/health || { [ $? = 143 ] && kill -9 -1; exit 1; }
 CMD ["uv", "run", "orders"]
