@@ -57,8 +57,6 @@ def _check_folded(address: str) -> str:
 Folded = BeforeValidator(_fold)
 Email = Annotated[EmailStr, Folded, AfterValidator(_check_folded)]
 canonical_email = TypeAdapter[str](Email).validate_python
-
-
 ADA = "ada@example.com"
 
 

@@ -23,7 +23,6 @@ QUEUE = "orders"  # the worker reads what is due
 DEAD_LETTERS = "orders.dead"  # what the worker rejected
 BROKER_TIMEOUT = 10  # seconds; heartbeat, and the longest wait for an answer
 
-
 # Publisher and worker declare the queues with these same arguments, or the
 # second to come is refused with a 406.
 QUEUE_ARGUMENTS: dict[str, dict[str, Any]] = {

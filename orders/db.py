@@ -106,11 +106,6 @@ class Database:
 def create_sync_engine(url: str, deadline: float | None = None) -> sa.Engine:
     """Return an engine for plain calls; a migration's has no deadline."""
     options = _options(url, "pysqlite", deadline)
-    if url.startswith("sqlite"):
-        # For this user's eyes: it has password hashes.
-        with suppress(OSError):  # SQLite says it, in a moment
-            path = options["url"].database
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     engine = sa.create_engine(**options)
     _listen(engine, deadline)
     return engine
@@ -140,6 +135,7 @@ def _options(url: str, sqlite: str, deadline: float | None) -> dict[str, Any]:
 def _listen(engine: sa.Engine, deadline: float | None) -> None:
     """Listen to what happens to the engine's connections."""
     if engine.dialect.name == "sqlite":
+        event.listen(engine, "do_connect", _create_private_file)
         event.listen(engine, "connect", _prepare_sqlite)
         return
     event.listen(engine, "handle_error", _leave_read_only)
@@ -157,6 +153,12 @@ def _listen(engine: sa.Engine, deadline: float | None) -> None:
 
     event.listen(engine, "checkout", begin)
     event.listen(engine, "checkin", end)
+
+
+def _create_private_file(_: object, __: object, to: Any, ___: object) -> None:
+    """Create SQLite's file for this user's eyes: it has password hashes."""
+    with suppress(OSError):  # SQLite says it, in a moment
+        os.close(os.open(to[0], os.O_RDWR | os.O_CREAT, 0o600))
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:

@@ -22,7 +22,7 @@ from orders import models
 from orders.auth import INVALID_TOKEN
 from orders.cache import OrderCache, OrderView
 from orders.db import AUTOCOMMIT, Batch, Database
-from orders.events import PROCESS_DELAY, DueEvent
+from orders.events import NOT_DONE, PROCESS_DELAY, DueEvent
 from orders.logs import request_id
 from orders.models import EVENTS, ORDERS, OrderCreate, OrderStatus, Refusal
 
@@ -54,7 +54,7 @@ PROCESS = (
     EVENTS.update()
     .where(EVENTS.c.id == sa.bindparam("event_id"))
     .where(EVENTS.c.kind == models.EventKind.NEW_ORDER)
-    .where(EVENTS.c.processed_at.is_(None))
+    .where(NOT_DONE)
     .values(processed_at=sa.bindparam("moment"))
     .returning(EVENTS.c.order_id)
 )
@@ -86,9 +86,10 @@ class OrderService:
         """Keep a new order; return its id, it, and if it was there before."""
         # With an idempotency key, the same draft yields the same order again;
         # another draft under the same key is refused.
-        keyed = uuid.uuid5(KEY_NAMESPACE, f"{user_id}:{key}")
         order: Row = {  # in the order of the table's columns
-            "id": keyed if key else uuid.uuid4(),
+            "id": uuid.uuid5(KEY_NAMESPACE, f"{user_id}:{key}")
+            if key
+            else uuid.uuid4(),
             "user_id": user_id,
             "items": models.ITEMS.dump_json(draft.items).decode(),
             "total_price": draft.total(),
@@ -296,8 +297,8 @@ def _explain(old: OrderStatus, new: OrderStatus, expected: Any) -> Refusal:
     allowed = sorted(models.TRANSITIONS[old])
     next_ones = " or ".join(allowed) or "nothing more"
     detail = f"An order that is {old} cannot become {new}: next is {next_ones}"
-    more: Any = {"current": old, "allowed": allowed}
-    return Refusal("transition-forbidden", detail, **more)
+    kind = "transition-forbidden"
+    return Refusal(kind, detail, current=old, allowed=allowed)
 
 
 def _event(order_id: UUID, kind: models.EventKind, **payload: Any) -> Row:
