@@ -237,9 +237,9 @@ class _Forward(socketserver.BaseRequestHandler):
 
 
 @contextlib.contextmanager
-def proxying(server):
+def proxying(server, kind=Proxy):
     """Run a proxy before a server for the time of the block."""
-    with Proxy(server.port) as proxy:
+    with kind(server.port) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,))
         thread.start()
         try:
@@ -320,15 +320,11 @@ class _Wire(socketserver.BaseRequestHandler):
 @contextlib.contextmanager
 def line_to(server):
     """Run a line to a server for the time of the block."""
-    with Line(server.port) as line:
-        thread = threading.Thread(target=line.serve_forever, args=(0.05,))
-        thread.start()
+    with proxying(server, Line) as line:
         try:
             yield line
         finally:
             line.release()
-            line.shutdown()
-            thread.join()
 
 
 @contextlib.contextmanager
