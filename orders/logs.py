@@ -7,12 +7,13 @@ its order's event into the worker.
 """
 
 import json
-import logging.config
-import threading
+import logging
+import sys
 import time
 from asyncio import CancelledError
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from typing import Any
 
 REPORT_INTERVAL = 10  # seconds without a failure before the next is news
 PROBES = ("/health", "/ready")  # asked every few seconds, and not logged
@@ -36,24 +37,20 @@ def _is_shown(record: logging.LogRecord) -> bool:
     record.request_id = request_id.get()
     if record.exc_info and record.exc_info[0] is CancelledError:
         return False  # uvicorn has said how many calls it ends
-    arguments = record.args if isinstance(record.args, tuple) else ()
+    arguments: Any = record.args
     return record.name != "uvicorn.access" or arguments[2] not in PROBES
 
 
 class JsonFormatter(logging.Formatter):
-    """Write a record as one JSON object."""
+    """Write a record as one JSON object, its traceback in the message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the object, with the traceback inside its message."""
-        moment = datetime.fromtimestamp(record.created, UTC)
-        message = record.getMessage()
-        if record.exc_info:
-            message += "\n" + self.formatException(record.exc_info)
+        """Return the object."""
         parts = {
-            "time": moment.isoformat(timespec="milliseconds"),
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname,
             "logger": record.name,
-            "message": message,
+            "message": super().format(record),
             "request_id": request_id.get(),
         }
         return json.dumps(parts)
@@ -61,28 +58,18 @@ class JsonFormatter(logging.Formatter):
 
 def configure_logging(form: str) -> None:
     """Send all lines to standard output in one form, `text` or `json`."""
-    access = logging.getLogger("uvicorn.access")
-    switched_off = not (access.handlers or access.propagate)
-    stdout = {
-        "class": "logging.StreamHandler",
-        "stream": "ext://sys.stdout",
-        "formatter": form,
-        "filters": [_is_shown],
-    }
-    ours = {"handlers": [], "propagate": True}  # not uvicorn's own handlers
-    text = {"format": TEXT}
-    levels = {name: {"level": level} for name, level in LEVELS.items()}
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"text": text, "json": {"()": JsonFormatter}},
-            "handlers": {"stdout": stdout},
-            "root": {"level": "INFO", "handlers": ["stdout"]},
-            "loggers": {"uvicorn": ours, "uvicorn.access": ours, **levels},
-        }
-    )
-    access.propagate = not switched_off  # --no-access-log came first
+    text = logging.Formatter(TEXT)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonFormatter() if form == "json" else text)
+    handler.addFilter(_is_shown)
+    logging.basicConfig(level="INFO", handlers=[handler], force=True)
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+    for name in ("uvicorn", "uvicorn.access"):
+        theirs = logging.getLogger(name)
+        if theirs.handlers:  # else there are none, or --no-access-log
+            theirs.handlers.clear()
+            theirs.propagate = True
 
 
 class Outage:
@@ -92,20 +79,18 @@ class Outage:
         """Start with all well; `what` begins the log's lines."""
         self._logger, self._what = logger, what
         self._failing = False
-        self._lock = threading.Lock()
         self._report_at = 0.0  # of time.monotonic
 
-    def report(self, error: object, *, fault: bool = False) -> None:
+    def report(self, error: Exception, *, fault: bool = False) -> None:
         """Log a failure unless the last was a moment ago."""
-        # A fault of ours, which is no outage, is logged with its traceback.
-        with self._lock:  # threads share it: the relay's, the event loop's
-            news = time.monotonic() >= self._report_at
-            self._report_at = time.monotonic() + REPORT_INTERVAL
+        news = time.monotonic() >= self._report_at
+        self._report_at = time.monotonic() + REPORT_INTERVAL
         self._failing = True
         if news:
             reason = str(error).split("\n")[0] or type(error).__name__
-            trace = error if fault and isinstance(error, Exception) else None
+            # A fault of ours, which is no outage, comes with its traceback.
             line = "%s failed: %s" if fault else "%s is away: %s"
+            trace = error if fault else None
             self._logger.warning(line, self._what, reason, exc_info=trace)
 
     def end(self) -> None:
