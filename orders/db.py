@@ -13,15 +13,12 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any, Generic, TypeVar
 
 import psycopg
 import sqlalchemy as sa
-from psycopg.errors import ReadOnlySqlTransaction
-from sqlalchemy import event, exc
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy import event, exc, types
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orders.logs import Outage
 
@@ -31,10 +28,9 @@ CONNECT_TIMEOUT = 2  # seconds
 API_DEADLINE = 2.5  # seconds that the API may use a connection at a stretch
 WORKER_DEADLINE = 15.0  # seconds, for the worker and the relay
 STATEMENT_SHARE = 0.8  # of the deadline: a server that works ends it first
-WATCH_INTERVAL = 0.1  # seconds between two looks for what is overdue
 MAX_CALLS = 100  # that share a trip
 AUTOCOMMIT: Any = {"isolation_level": "AUTOCOMMIT"}
-ISOLATION = {"postgresql": "READ COMMITTED", "sqlite": "SERIALIZABLE"}
+ASYNC = {"postgresql": "psycopg_async", "sqlite": "aiosqlite"}  # drivers
 
 # What is raised while the database is away; see `is_outage`.
 OUTAGES = (exc.InterfaceError, exc.OperationalError, exc.TimeoutError)
@@ -48,17 +44,10 @@ def is_outage(error: Exception) -> bool:
     return isinstance(error, OUTAGES) or lost
 
 
-class JsonText(UserDefinedType[str]):
-    """A JSON column that is read and written as text, never parsed.
+class JsonText(types.TypeEngine[str]):
+    """A JSON column that is written and read as text, never parsed."""
 
-    What comes in is validated JSON, and goes out as the bytes that were kept.
-    """
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        """Return the column's type in SQL."""
-        return "JSON"
+    __visit_name__ = "JSON"  # in SQL
 
     def column_expression(self, column: Any) -> sa.ColumnElement[str]:
         """Select the text, which drivers leave as it is."""
@@ -66,36 +55,32 @@ class JsonText(UserDefinedType[str]):
 
 
 class Database:
-    """The API's asynchronous engine."""
+    """The API's asynchronous engines."""
 
     def __init__(self, url: str) -> None:
-        """Prepare the engine; it connects when it is first used."""
-        options = _options(url, "aiosqlite", API_DEADLINE)
+        """Prepare the engines; they connect when they are first used."""
+        scheme, _, rest = url.partition(":")
+        url = f"{scheme}+{ASYNC[scheme]}:{rest}"
+        engine = create_sync_engine(url, API_DEADLINE, **AUTOCOMMIT)
+        self._sqlite = scheme == "sqlite"
+        self.engine = AsyncEngine(engine)
         # A statement is a transaction, unless it is one of several.
-        self.engine = create_async_engine(**AUTOCOMMIT, **options)
-        level = ISOLATION[self.engine.dialect.name]
+        level = "SERIALIZABLE" if self._sqlite else "READ COMMITTED"
         self.transactions = self.engine.execution_options(
             isolation_level=level
         )
         # For the keeper, which waits for none of those who fill the pool.
-        self.aside = create_async_engine(**options)
-        for engine in self.engine, self.aside:
-            _listen(engine.sync_engine, API_DEADLINE)
+        self.aside = AsyncEngine(create_sync_engine(url, API_DEADLINE))
         self.outage = Outage(logger, "The database")
 
     async def ping(self) -> None:
         """Raise unless the database answers and takes writes."""
-        # SQLite learns that its disk is full only when it writes.
-        ask = (
-            "UPDATE alembic_version SET version_num = version_num RETURNING 1"
-        )
-        if self.engine.dialect.name == "postgresql":
-            ask = "SELECT current_setting('transaction_read_only')"
+        # SQLite learns that its disk is full only when it writes; a read-only
+        # PostgreSQL refuses what changes nothing, too.
+        ask = "UPDATE alembic_version SET version_num = version_num"
+        which = "" if self._sqlite else " WHERE false"
         async with self.engine.connect() as connection:
-            if await connection.scalar(sa.text(ask)) == "on":
-                await connection.invalidate()  # or it stays so in the pool
-                await self.engine.dispose()  # and so do the others
-                raise exc.InterfaceError(ask, None, Exception("read-only"))
+            await connection.execute(sa.text(ask + which))
 
     async def close(self) -> None:
         """Close the pooled connections."""
@@ -103,93 +88,74 @@ class Database:
         await self.aside.dispose()
 
 
-def create_sync_engine(url: str, deadline: float | None = None) -> sa.Engine:
+def create_sync_engine(
+    url: str, deadline: float | None = None, **options: Any
+) -> sa.Engine:
     """Return an engine for plain calls; a migration's has no deadline."""
-    options = _options(url, "pysqlite", deadline)
-    engine = sa.create_engine(**options)
-    _listen(engine, deadline)
+    sqlite = url.startswith("sqlite")
+    if not sqlite:
+        options |= {"pool_size": POOL_SIZE, "max_overflow": 0}
+        connect: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT}
+        options |= {"pool_timeout": POOL_TIMEOUT, "connect_args": connect}
+        if deadline is not None:
+            limit = int(deadline * 1000)  # milliseconds
+            # Else a session that waits for a row outlives its caller.
+            timeout = int(limit * STATEMENT_SHARE)
+            connect["options"] = f"-c statement_timeout={timeout}"
+            # Else the system tries for a quarter of an hour.
+            connect |= {"tcp_user_timeout": limit, "keepalives_idle": 5}
+            connect |= {"keepalives_interval": 2, "keepalives_count": 3}
+    engine = sa.create_engine(url, hide_parameters=True, **options)
+    if sqlite:
+        event.listen(engine, "do_connect", _connect_to_sqlite)
+    elif deadline is not None:
+        _watch(engine, deadline)
     return engine
 
 
-def _options(url: str, sqlite: str, deadline: float | None) -> dict[str, Any]:
-    """Return what makes an engine: its URL with the driver, and limits."""
-    address = sa.make_url(url)
-    options: dict[str, Any] = {"hide_parameters": True}
-    if address.get_backend_name() == "sqlite":
-        options["url"] = address.set(drivername=f"sqlite+{sqlite}")
-        return options
-    options["url"] = address.set(drivername="postgresql+psycopg")
-    connect: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT}
-    if deadline is not None:
-        limit = int(deadline * 1000)  # milliseconds
-        # Else a session that waits for a row outlives its caller.
-        timeout = int(limit * STATEMENT_SHARE)
-        connect["options"] = f"-c statement_timeout={timeout}"
-        # Else the system tries for a quarter of an hour.
-        connect |= {"tcp_user_timeout": limit, "keepalives_idle": 5}
-        connect |= {"keepalives_interval": 2, "keepalives_count": 3}
-    options |= {"pool_size": POOL_SIZE, "max_overflow": 0}
-    return options | {"pool_timeout": POOL_TIMEOUT, "connect_args": connect}
-
-
-def _listen(engine: sa.Engine, deadline: float | None) -> None:
-    """Listen to what happens to the engine's connections."""
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "do_connect", _create_private_file)
-        event.listen(engine, "connect", _prepare_sqlite)
-        return
-    event.listen(engine, "handle_error", _leave_read_only)
-    if deadline is None:
-        return
-    _start_watching()
-
-    def begin(_: object, used: Any, __: object) -> None:
-        """Note when the connection is cut."""
-        _ends[used.driver_connection] = time.monotonic() + deadline
-
-    def end(_: object, used: Any) -> None:
-        """Forget the connection."""
-        _ends.pop(used.driver_connection, None)
-
-    event.listen(engine, "checkout", begin)
-    event.listen(engine, "checkin", end)
-
-
-def _create_private_file(_: object, __: object, to: Any, ___: object) -> None:
-    """Create SQLite's file for this user's eyes: it has password hashes."""
+def _connect_to_sqlite(dialect: Any, _: object, to: Any, options: Any) -> Any:
+    """Open SQLite's file, made for this user: it has password hashes."""
     with suppress(OSError):  # SQLite says it, in a moment
         os.close(os.open(to[0], os.O_RDWR | os.O_CREAT, 0o600))
-
-
-def _prepare_sqlite(connection: Any, _: object) -> None:
-    """Let readers and a writer work at once, and enforce foreign keys."""
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.close()
-
-
-def _leave_read_only(context: sa.ExceptionContext) -> None:
-    """Leave a server that takes no writes, with all pooled sessions."""
-    # After a failover they would stay what they are: read-only.
-    if isinstance(context.original_exception, ReadOnlySqlTransaction):
-        context.is_disconnect = True
+    connection = dialect.connect(*to, **options)
+    # Readers and a writer work at once; it would not enforce foreign keys.
+    connection.execute("PRAGMA journal_mode = WAL").close()
+    connection.execute("PRAGMA foreign_keys = ON").close()
+    return connection
 
 
 # Connections in use, and the time.monotonic at which each is cut.
 _ends: dict[Any, float] = {}
 
 
-@cache
-def _start_watching() -> None:
-    """Start the one thread of a process that cuts what is overdue."""
-    threading.Thread(target=_cut_overdue, daemon=True).start()
+def _watch(engine: sa.Engine, deadline: float) -> None:
+    """Let no connection be used for longer, or be kept if it is read-only."""
+    if not _watcher.is_alive():
+        _watcher.start()
+
+    @event.listens_for(engine, "checkout")
+    def begin(_: object, used: Any, __: object) -> None:
+        """Note when the connection is cut."""
+        _ends[used.driver_connection] = time.monotonic() + deadline
+
+    @event.listens_for(engine, "checkin")
+    def end(_: object, used: Any) -> None:
+        """Forget the connection."""
+        _ends.pop(used.driver_connection, None)
+
+    @event.listens_for(engine, "handle_error")
+    def leave_read_only(context: sa.ExceptionContext) -> None:
+        """Drop all pooled sessions with a server that takes no writes."""
+        # After a failover they would stay what they are: read-only.
+        refused = psycopg.errors.ReadOnlySqlTransaction
+        if isinstance(context.original_exception, refused):
+            context.is_disconnect = True
 
 
 def _cut_overdue() -> None:
     """End both ways of a socket in use for too long: who waits on it wakes."""
     while True:
-        time.sleep(WATCH_INTERVAL)
+        time.sleep(0.1)
         now = time.monotonic()
         for connection, end in list(_ends.items()):
             if now >= end and _ends.pop(connection, None) is not None:
@@ -199,10 +165,9 @@ def _cut_overdue() -> None:
                         wire.shutdown(socket.SHUT_RDWR)
 
 
+_watcher = threading.Thread(target=_cut_overdue, daemon=True)
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
-
-
 # What answers a list of questions, in their order; an exception among the
 # answers is raised for its own caller alone.
 Trip = Callable[[list[Question]], Awaitable[Sequence[Answer | Exception]]]
@@ -240,8 +205,7 @@ class Batch(Generic[Question, Answer]):
             try:
                 answers = await self._trip([question for question, _ in calls])
             except Exception as error:
-                calls += self._waiting
-                self._waiting = []
+                calls, self._waiting = calls + self._waiting, []
                 answers = [error] * len(calls)
             for (_, future), answer in zip(calls, answers, strict=True):
                 if future.done():

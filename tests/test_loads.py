@@ -20,7 +20,7 @@ import servers
 from conftest import PASSWORD, User
 from fastapi.testclient import TestClient
 from sqlalchemy import Pool, event, text
-from sqlalchemy.exc import InterfaceError
+from sqlalchemy.exc import InternalError
 from test_journey import orders_command
 
 import orders.cache
@@ -275,7 +275,7 @@ def test_readiness_leaves_no_session_read_only(private_postgres):
     async def heal():
         before = await states()
         set_read_only(postgres, on=False)
-        with pytest.raises(InterfaceError):
+        with pytest.raises(InternalError):
             await database.ping()
         await database.ping()
         after = await states()
