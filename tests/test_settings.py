@@ -111,6 +111,7 @@ def test_the_env_file_fills_what_the_environment_leaves(load):
         ("DATABASE_URL", "sqlite:///file::memory:?uri=true"),
         ("REDIS_URL", "http://x"),
         ("REDIS_URL", "redis://"),
+        ("REDIS_URL", "redis://h:99999"),
         ("RABBITMQ_URL", "redis://x"),
         ("RABBITMQ_URL", f"amqp://orders:{TOLD}/{TOLD}@h:5672/"),
         ("RABBITMQ_URL", f"amqp://orders:7/{TOLD}@h:5672/"),
