@@ -14,12 +14,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import jwt
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
-from pydantic import AfterValidator, BeforeValidator, EmailStr, TypeAdapter
+from pydantic import EmailStr, TypeAdapter, WrapValidator
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, SQLModel
 
@@ -28,49 +28,25 @@ from orders.models import Refusal, Schema, example
 from orders.settings import Settings
 
 MAX_EMAIL = 254  # characters; RFC 5321, section 4.5.3.1.3
-MAX_USER_ID = 2**31 - 1  # PostgreSQL's integer
-MAX_HASHES = 32  # passwords that wait for a thread, about a second's
 NO_STORE = {"Cache-Control": "no-store"}  # RFC 6749, section 5.1
-INVALID_GRANT = {"error": "invalid_grant"}  # RFC 6749, section 5.2
 # RFC 6750, section 3:
 BEARER = {"WWW-Authenticate": "Bearer"}
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
-VERIFIED_TOKENS = 4096  # whose signature need not be checked again
 
 
-def _fold(address: Any) -> Any:
+def _fold(address: Any, check: Callable[[str], str]) -> str:
     """Return an address in which case and Unicode form tell nobody apart."""
     # Unicode's NFKC_Casefold: a second pass changes nothing.
-    if not isinstance(address, str):
-        return address
-    folded = unicodedata.normalize("NFKC", address).casefold()
-    return unicodedata.normalize("NFKC", folded)
+    folded = unicodedata.normalize("NFKC", str(address)).casefold()
+    folded = unicodedata.normalize("NFKC", folded)
+    if check(folded) != folded:
+        raise ValueError("use common characters")
+    return folded
 
 
-def _check_folded(address: str) -> str:
-    """Return the address if it is its own normal form, and short enough."""
-    if len(address) > MAX_EMAIL or _fold(address) != address:
-        raise ValueError(f"use at most {MAX_EMAIL} characters, common ones")
-    return address
-
-
-Folded = BeforeValidator(_fold)
-Email = Annotated[EmailStr, Folded, AfterValidator(_check_folded)]
-canonical_email = TypeAdapter[str](Email).validate_python
+Email = Annotated[EmailStr, WrapValidator(_fold), Field(max_length=MAX_EMAIL)]
 ADA = "ada@example.com"
-
-
-class User(SQLModel, table=True):
-    """A registered user."""
-
-    __tablename__ = "users"
-
-    id: int | None = Field(default=None, primary_key=True)
-    email: str = Field(max_length=MAX_EMAIL, unique=True)
-    hashed_password: str
-
-
-USERS = SQLModel.metadata.tables["users"]
+canonical_email = TypeAdapter[str](Email).validate_python
 
 
 class UserCreate(Schema):
@@ -78,7 +54,7 @@ class UserCreate(Schema):
 
     model_config = example(email=ADA, password="correct horse")  # noqa: S106
 
-    email: Email = Field(max_length=MAX_EMAIL)
+    email: Email
     password: str = Field(min_length=8, max_length=128)
 
 
@@ -87,8 +63,19 @@ class UserPublic(SQLModel):
 
     model_config = example(id=1, email=ADA)
 
-    id: int
-    email: str
+    id: int = Field(primary_key=True)
+    email: str = Field(max_length=MAX_EMAIL, unique=True)
+
+
+class User(UserPublic, table=True):
+    """A registered user."""
+
+    __tablename__ = "users"
+
+    hashed_password: str
+
+
+USERS = SQLModel.metadata.tables["users"]
 
 
 class Token(SQLModel):
@@ -105,7 +92,6 @@ ARGON2 = Argon2Hasher(memory_cost=19_456, time_cost=2, parallelism=1)
 passwords = PasswordHash((ARGON2,))
 # Verified in place of a user who does not exist, which takes as long.
 DUMMY_HASH = passwords.hash("nobody has this password")
-Result = TypeVar("Result")
 
 
 class Accounts:
@@ -125,7 +111,7 @@ class Accounts:
 
     async def register(self, draft: UserCreate) -> UserPublic:
         """Keep a new user; refuse an address that is in use."""
-        hashed = await self._hash(lambda: passwords.hash(draft.password))
+        hashed = await self._hash(passwords.hash, draft.password)
         user = USERS.insert().values(email=draft.email, hashed_password=hashed)
         try:
             async with self._database.engine.connect() as connection:
@@ -145,17 +131,18 @@ class Accounts:
         async with self._database.engine.connect() as connection:
             user = (await connection.execute(named)).first()
         hashed = user.hashed_password if user else DUMMY_HASH
-        matches = await self._hash(lambda: passwords.verify(password, hashed))
+        matches = await self._hash(passwords.verify, password, hashed)
         if user is None or not matches:
-            headers = BEARER | NO_STORE
-            raise Refusal("wrong-password", headers=headers, **INVALID_GRANT)
+            # Source of the error: RFC 6749, section 5.2.
+            kind, headers = "wrong-password", BEARER | NO_STORE
+            raise Refusal(kind, headers=headers, error="invalid_grant")
         return self.issue_token(user.id)
 
     def issue_token(self, user_id: int) -> Token:
         """Return a signed token, valid for the configured time."""
-        ends_at = int(time.time()) + self._lifetime
-        token = jwt.encode({"sub": str(user_id), "exp": ends_at}, *self._key)
         lifetime = self._lifetime
+        claims = {"sub": str(user_id), "exp": int(time.time()) + lifetime}
+        token = jwt.encode(claims, *self._key)
         return Token(access_token=token, expires_in=lifetime, user_id=user_id)
 
     def verify(self, token: str | None) -> int:
@@ -164,7 +151,8 @@ class Accounts:
             raise Refusal("unauthorized", headers=BEARER)
         with suppress(jwt.InvalidTokenError, ValueError):
             user_id, ends_at = _read_token(token, *self._key)
-            if 0 < user_id <= MAX_USER_ID and time.time() < ends_at:
+            # The greatest is that of PostgreSQL's integer.
+            if 0 < user_id < 2**31 and time.time() < ends_at:
                 return user_id
         raise Refusal("unauthorized", headers=INVALID_TOKEN)
 
@@ -172,19 +160,19 @@ class Accounts:
         """End the threads once they are idle."""
         self._threads.shutdown(wait=False)
 
-    async def _hash(self, work: Callable[[], Result]) -> Result:
+    async def _hash(self, work: Callable[..., Any], *given: str) -> Any:
         """Do slow work in a thread, unless too much waits already."""
-        if self._hashing >= MAX_HASHES:
+        if self._hashing >= 32:  # passwords, about a second's
             raise Refusal("overloaded", headers={"Retry-After": "2"})
         self._hashing += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, work)
+            return await loop.run_in_executor(self._threads, work, *given)
         finally:
             self._hashing -= 1
 
 
-@lru_cache(VERIFIED_TOKENS)
+@lru_cache(4096)  # tokens, whose signature need not be checked again
 def _read_token(token: str, key: str, algorithm: str) -> tuple[int, int]:
     """Return a genuine token's user id and its end, in seconds since 1970."""
     required: Any = {"require": ["exp", "sub"]}

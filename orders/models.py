@@ -1,17 +1,16 @@
 """Say what an order is: tables, schemas, the state machine, the errors.
 
-SQLModel classes are both the tables and the schemas, read as Base, table,
-Create, Public. A table class does not validate, so what a client sends is
-checked in its Create schema, and the tables carry CHECK constraints besides.
+SQLModel classes are both the schemas and the tables, read as Create, Public,
+table: what is answered is what is kept, and more. A table class does not
+validate, so what a client sends is checked in its Create schema.
 """
 
 import math
 import re
-import uuid
 from datetime import UTC, datetime
-from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Self
+from uuid import UUID
 
 import pydantic
 import sqlalchemy as sa
@@ -19,11 +18,6 @@ from pydantic import AfterValidator, AllowInfNan, Strict, model_validator
 from sqlmodel import Field, SQLModel
 
 from orders.db import JsonText
-
-MAX_ITEMS = 100
-MAX_QUANTITY = 10_000
-MAX_PRICE = 1_000_000
-MAX_NESTING = 20  # levels of lists and objects in an item's extra keys
 
 
 def now() -> datetime:
@@ -52,40 +46,34 @@ REFUSALS = {
 class Refusal(Exception):
     """An answer that is an error, of a kind in REFUSALS."""
 
-    def __init__(
-        self, kind: str, detail: str = "", *, headers: Any = None, **more: Any
-    ) -> None:
+    def __init__(self, kind: str, detail: str = "", **more: Any) -> None:
         """Take a more telling text, headers, and members that it adds."""
-        super().__init__(kind)
-        self.kind, self.headers, self.more = kind, headers, more
         self.status, usual = REFUSALS[kind]
-        self.detail = detail or usual
+        self.kind, self.detail = kind, detail or usual
+        self.headers, self.more = more.pop("headers", None), more
 
 
 class Schema(SQLModel):
-    """The base of what a client sends.
+    """The base of what a client sends."""
 
-    SQLModel's own `__init__` has parameters with names, `__pydantic_self__`
-    and `cls`: a body with such a key made it fail.
-    """
-
+    # SQLModel's own fails where a body has a key `cls`, or the like.
     __init__ = pydantic.BaseModel.__init__
 
 
 def storable(value: Any, depth: int = 0) -> Any:
     """Return `value` if JSON, PostgreSQL and UTF-8 can all hold it."""
-    if depth > MAX_NESTING:
-        raise ValueError(f"is nested deeper than {MAX_NESTING} levels")
-    if isinstance(value, str):
-        if re.search("[\0\ud800-\udfff]", value):
+    if depth > 20:
+        raise ValueError("is nested deeper than 20 levels")
+    match value:
+        case str() if re.search("[\0\ud800-\udfff]", value):
             raise ValueError("holds a NUL or a lone surrogate character")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("holds a number that is not finite")
-    elif isinstance(value, dict):
-        storable([*value, *value.values()], depth)
-    elif isinstance(value, list):
-        for inner in value:
-            storable(inner, depth + 1)
+        case float() if not math.isfinite(value):
+            raise ValueError("holds a number that is not finite")
+        case dict():
+            storable([*value, *value.values()], depth)
+        case list():
+            for inner in value:
+                storable(inner, depth + 1)
     return value
 
 
@@ -105,7 +93,6 @@ def example(**values: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(storable)]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
-Money = Annotated[Number, AfterValidator(_whole_cents)]
 
 
 class OrderStatus(StrEnum):
@@ -131,26 +118,19 @@ class OrderItem(Schema):
     """One line of an order; keys beyond these are kept as they are."""
 
     model_config = {"extra": "allow"}
+    __pydantic_extra__: dict[Text, Annotated[Any, AfterValidator(storable)]]
 
     name: Text = Field(min_length=1, max_length=200)
-    quantity: Annotated[int, Strict()] = Field(ge=1, le=MAX_QUANTITY)
-    price: Money = Field(
+    quantity: Annotated[int, Strict()] = Field(ge=1, le=10_000)
+    price: Annotated[Number, AfterValidator(_whole_cents)] = Field(
         ge=0,
-        le=MAX_PRICE,
+        le=1_000_000,
         description="Price of one piece, with at most two decimals",
         schema_extra={"json_schema_extra": {"multipleOf": 0.01}},
     )
 
-    @model_validator(mode="after")
-    def _check_extra_keys(self) -> Self:
-        """Refuse what the database or an answer cannot hold."""
-        if self.model_extra:
-            storable(self.model_extra)
-        return self
 
-
-# Of the examples in OpenAPI:
-TEA = [{"name": "tea", "quantity": 3, "price": 4.5}]
+TEA = [{"name": "tea", "quantity": 3, "price": 4.5}]  # of OpenAPI's examples
 MOMENT = "2026-11-23T11:08:45.156771Z"
 
 
@@ -159,7 +139,7 @@ class OrderCreate(Schema):
 
     model_config = example(items=TEA)
 
-    items: list[OrderItem] = Field(min_length=1, max_length=MAX_ITEMS)
+    items: list[OrderItem] = Field(min_length=1, max_length=100)
     total_price: Number | None = Field(
         default=None,
         description="Optional; refused if it is not the sum of the items",
@@ -168,46 +148,24 @@ class OrderCreate(Schema):
     def total(self) -> float:
         """Return the sum of quantity times price, exact to the cent."""
         # The bounds keep it under 10¹⁴ cents, which a double holds exactly.
-        prices = (Decimal(str(i.price)) * i.quantity for i in self.items)
-        return float(sum(prices))
+        cents = sum(round(it.price * 100) * it.quantity for it in self.items)
+        return cents / 100
 
     @model_validator(mode="after")
     def _check_total(self) -> Self:
         """Refuse a sum that the client expects and we do not."""
-        said = self.total_price
-        if said is not None and abs(said - (total := self.total())) >= 0.005:
-            raise ValueError(
-                f"total_price is {said}, but the items sum up to {total}:"
-                " correct it or leave it out"
-            )
+        said, total = self.total_price, self.total()
+        if said is not None and abs(said - total) >= 0.005:
+            raise ValueError(f"total_price is not {total}: correct or omit it")
         return self
 
 
 ITEMS = pydantic.TypeAdapter(list[OrderItem])
 TEXT: Any = {"native_enum": False, "create_constraint": True, "length": 16}
 STATUS: Any = sa.Enum(OrderStatus, name="orders_status_check", **TEXT)
+KIND: Any = sa.String(32)
 NEWEST = ("user_id", "created_at", "id")
 NEWEST_BY_STATUS = ("user_id", "status", "created_at", "id")
-
-
-class Order(SQLModel, table=True):
-    """An order; only its status ever changes."""
-
-    __tablename__ = "orders"
-    __table_args__ = (
-        sa.CheckConstraint("total_price >= 0", "orders_total_price_check"),
-        # Serve the list of a user's orders, newest first: all, and those in
-        # a status, which may be few among a million.
-        sa.Index(f"orders_{'_'.join(NEWEST)}", *NEWEST),
-        sa.Index(f"orders_{'_'.join(NEWEST_BY_STATUS)}", *NEWEST_BY_STATUS),
-    )
-
-    id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
-    user_id: int = Field(foreign_key="users.id")
-    items: str = Field(sa_type=JsonText)
-    total_price: float
-    status: OrderStatus = Field(default=OrderStatus.PENDING, sa_type=STATUS)
-    created_at: datetime = Field(default_factory=now)
 
 
 class OrderPublic(SQLModel):
@@ -222,12 +180,25 @@ class OrderPublic(SQLModel):
         created_at=MOMENT,
     )
 
-    id: uuid.UUID
-    user_id: int
-    items: list[OrderItem]
+    id: UUID = Field(primary_key=True)
+    user_id: int = Field(foreign_key="users.id")
+    items: list[OrderItem] = Field(sa_type=JsonText)
     total_price: float
-    status: OrderStatus
+    status: OrderStatus = Field(sa_type=STATUS)
     created_at: datetime
+
+
+class Order(OrderPublic, table=True):
+    """An order as it is kept: the same; only its status ever changes."""
+
+    __tablename__ = "orders"
+    __table_args__ = (
+        sa.CheckConstraint("total_price >= 0", "orders_total_price_check"),
+        # Serve the list of a user's orders, newest first: all, and those in
+        # a status, which may be few among a million.
+        sa.Index(f"orders_{'_'.join(NEWEST)}", *NEWEST),
+        sa.Index(f"orders_{'_'.join(NEWEST_BY_STATUS)}", *NEWEST_BY_STATUS),
+    )
 
 
 class StatusChange(Schema):
@@ -250,33 +221,6 @@ NOT_DONE: Any = dict.fromkeys(
 )
 
 
-class Event(SQLModel, table=True):
-    """Something that happened to an order, due until it was processed.
-
-    `due_at` is when it should be processed first, or again: see `events`.
-    """
-
-    __tablename__ = "events"
-    __table_args__ = (
-        # Serves the relay's claim; it holds only what is still to be done.
-        sa.Index("events_due", "kind", "due_at", **NOT_DONE),
-    )
-
-    id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
-    order_id: uuid.UUID = Field(foreign_key="orders.id", index=True)
-    kind: str = Field(max_length=32)
-    payload: dict[str, Any] = Field(sa_type=sa.JSON)
-    created_at: datetime = Field(default_factory=now)
-    attempts: int = 0
-    due_at: datetime = Field(default_factory=now)
-    processed_at: datetime | None = None
-
-
-# Statements are built once from these, without instances of the models.
-ORDERS = SQLModel.metadata.tables["orders"]
-EVENTS = SQLModel.metadata.tables["events"]
-
-
 class EventPublic(SQLModel):
     """An event of an order's history as the API shows it."""
 
@@ -287,11 +231,32 @@ class EventPublic(SQLModel):
         processed_at=None,
     )
 
-    kind: EventKind
+    kind: EventKind = Field(sa_type=KIND)
     payload: dict[str, Any] = Field(
-        description="The id of the request, and the status if it changed"
+        sa_type=sa.JSON,
+        description="The id of the request, and the status if it changed",
     )
     created_at: datetime
     processed_at: datetime | None = Field(
         description="When it took effect; null until then"
     )
+
+
+class Event(EventPublic, table=True):
+    """Something that happened to an order, due until it was processed."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        # Serves the relay's claim; it holds only what is still to be done.
+        sa.Index("events_due", "kind", "due_at", **NOT_DONE),
+    )
+
+    id: UUID = Field(primary_key=True)
+    order_id: UUID = Field(foreign_key="orders.id", index=True)
+    attempts: int
+    due_at: datetime  # when to process it first, or again: see `events`
+
+
+# Statements are built once from these, without instances of the models.
+ORDERS = SQLModel.metadata.tables["orders"]
+EVENTS = SQLModel.metadata.tables["events"]
