@@ -6,6 +6,7 @@ signed with a shared secret; they carry the user's id and nothing else.
 """
 
 import asyncio
+import ctypes
 import os
 import sys
 import time
@@ -87,6 +88,12 @@ class Token(SQLModel):
     user_id: int = Field(description="Whose token it is; lists your orders")
 
 
+# Else glibc keeps the memory of a hash for good, in each thread: it takes what
+# was once freed to be wanted again. In bytes, its M_MMAP_THRESHOLD (larger is
+# given back at once) and M_TRIM_THRESHOLD (what it may keep for large pages).
+with suppress(AttributeError, OSError, TypeError):  # another libc, or system
+    for option, size in ((-3, 2**24), (-1, 2**25)):
+        ctypes.CDLL(None).mallopt(option, size)
 # OWASP's Argon2id parameters: 19 MiB, two passes, one lane.
 ARGON2 = Argon2Hasher(memory_cost=19_456, time_cost=2, parallelism=1)
 passwords = PasswordHash((ARGON2,))

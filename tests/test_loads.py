@@ -33,10 +33,10 @@ NOTE = "x" * 61_900  # makes an order of 62 KB
 ITEM = {"name": "tea", "quantity": 1, "price": 1}
 
 
-def memory(server):
+def memory(server, kind="VmHWM"):
     """Return the most that a process ever had resident, in bytes."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return int(status.split(f"{kind}:")[1].split()[0]) * 1024
 
 
 @contextlib.contextmanager
@@ -148,6 +148,22 @@ def test_many_logins_at_once_leave_room_for_a_right_one(run, embedded, http):
         assert "retry-after: " in answer.lower()
         assert '"type":"/docs#overloaded"' in answer
     assert took < 15  # on a busy machine; a wait for all took minutes there
+
+
+def test_a_login_leaves_no_memory_behind(run, embedded, http):
+    """A hash takes 19 MiB, which its thread would keep for good."""
+    server = run(servers.api, embedded)
+    before = memory(server, "VmRSS")
+    User(http(server), "ada@example.com")
+
+    async def log_in_together():
+        logins = (log_in(server.port, PASSWORD) for _ in range(8))
+        return await asyncio.gather(*logins)
+
+    answers = asyncio.run(log_in_together())
+
+    assert {answer[9:12] for answer, _ in answers} == {"200"}
+    assert memory(server, "VmRSS") - before < 12 * MIB
 
 
 def hold(port, count, data):
