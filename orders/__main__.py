@@ -4,8 +4,8 @@ The first run on an empty machine writes `.env` with a secret of its own. Every
 run migrates the database and serves; what has no URL runs in the process.
 """
 
-import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -16,7 +16,6 @@ from orders.logs import configure_logging
 from orders.settings import ENV_FILE, Settings, load_settings, refuse_to_start
 
 ALEMBIC_INI = Path(__file__).parent.parent / "alembic.ini"
-SHUTDOWN_TIMEOUT = 5  # seconds that calls in progress get to finish
 MAX_CONNECTIONS = 900  # more are answered 503; a process may open 1024 files
 
 
@@ -37,7 +36,7 @@ def main() -> None:
         log_config=None,  # ours: here, and in `orders.api` in each process
         forwarded_allow_ips=settings.forwarded_allow_ips,
         limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+        timeout_graceful_shutdown=5,  # seconds that calls get to finish
     )
 
 
@@ -48,11 +47,9 @@ def write_env_file() -> None:
         f" variable.\nJWT_SECRET_KEY={secrets.token_hex(32)}\n"
     )
     try:
-        handle = os.open(ENV_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-    except FileExistsError:
-        return
+        with suppress(FileExistsError):
+            ENV_FILE.touch(0o600, exist_ok=False)
+            ENV_FILE.write_text(text)
     except OSError as error:
         refuse_to_start(f"{error}: set JWT_SECRET_KEY, or a folder to write")
 
@@ -61,18 +58,16 @@ def banner(settings: Settings) -> str:
     """Return what a person wants to know first."""
     host = settings.app_host.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
     url = f"http://{host}:{settings.app_port}"
-    worker = "rabbitmq, to a Celery worker"
+    redis, rabbitmq = settings.redis_url, settings.rabbitmq_url
     limit = settings.rate_limit or "none"
-    rows = {
-        "orders": url,
-        "docs": f"{url}/docs",
-        "database": settings.database_url.split(":")[0].split("+")[0],
-        "cache": "redis" if settings.redis_url else "in process",
-        "events": worker if settings.rabbitmq_url else "in process",
-        "limit": f"{limit}; `RATE_LIMIT= uv run orders` lifts it",
-    }
-    lines = (f"  {name:<9} {value}" for name, value in rows.items())
-    return "\n".join(("", *lines, ""))
+    return f"""
+  orders    {url}
+  docs      {url}/docs
+  database  {settings.database_url.split(":")[0]}
+  cache     {"redis" if redis else "in process"}
+  events    {"rabbitmq, to a Celery worker" if rabbitmq else "in process"}
+  limit     {limit}; `RATE_LIMIT= uv run orders` lifts it
+"""
 
 
 if __name__ == "__main__":
