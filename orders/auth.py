@@ -109,7 +109,7 @@ class Accounts:
         self._database = database
         self._lifetime = settings.jwt_expire_minutes * 60  # seconds
         self._key = settings.jwt_secret_key, settings.jwt_algorithm
-        self._hashing = 0  # passwords in the threads, or waiting for one
+        self._room = asyncio.Semaphore(32)  # passwords, about a second's
         # The event loop comes first, where a thread has its own priority.
         polite = sys.platform == "linux"
         self._threads = ThreadPoolExecutor(
@@ -169,14 +169,11 @@ class Accounts:
 
     async def _hash(self, work: Callable[..., Any], *given: str) -> Any:
         """Do slow work in a thread, unless too much waits already."""
-        if self._hashing >= 32:  # passwords, about a second's
+        if self._room.locked():
             raise Refusal("overloaded", headers={"Retry-After": "2"})
-        self._hashing += 1
-        try:
+        async with self._room:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, work, *given)
-        finally:
-            self._hashing -= 1
 
 
 @lru_cache(4096)  # tokens, whose signature need not be checked again
