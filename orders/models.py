@@ -8,6 +8,7 @@ validate, so what a client sends is checked in its Create schema.
 import math
 import re
 from datetime import UTC, datetime
+from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Self
 from uuid import UUID
@@ -148,8 +149,8 @@ class OrderCreate(Schema):
     def total(self) -> float:
         """Return the sum of quantity times price, exact to the cent."""
         # The bounds keep it under 10¹⁴ cents, which a double holds exactly.
-        cents = sum(round(it.price * 100) * it.quantity for it in self.items)
-        return cents / 100
+        prices = (Decimal(str(it.price)) * it.quantity for it in self.items)
+        return float(sum(prices))
 
     @model_validator(mode="after")
     def _check_total(self) -> Self:
