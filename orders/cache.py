@@ -152,7 +152,7 @@ class RedisCache:
         """Prepare; only the keeper connects."""
         pool: Any = ConnectionPool.from_url(url, socket_timeout=None)
         self._connection = pool.make_connection()
-        self._batch = Batch[tuple[Command, ...], list[Any]](self._trip)
+        self._batch = Batch[Command, Any](self._trip)
         self._outage = Outage(logger, "Redis")
         self._run = ""  # the server's epoch; none without a connection
         self._clock = 0.0  # the server's less time.monotonic, never more
@@ -166,10 +166,7 @@ class RedisCache:
 
     async def get(self, order_id: UUID) -> OrderView | None:
         """Return the cached order, or None; Redis away is a miss."""
-        try:
-            (value,) = await self.ask(("GET", self._key(order_id)))
-        except RedisAway:
-            return None
+        value = await self.ask("GET", self._key(order_id))
         return OrderView.decode(value) if value else None
 
     def fill(self, order_id: UUID, view: OrderView, read_at: float) -> None:
@@ -178,7 +175,7 @@ class RedisCache:
             read = f"{read_at + self._clock:f}"  # by the server's clock
             keys = self._key(order_id), self._key("since")
             command = "EVAL", FILL, 2, *keys, view.encode(), read
-            sent = self._batch.ask((command,))
+            sent = self._batch.ask(command)
             sent.add_done_callback(lambda t: t.cancelled() or t.exception())
 
     async def invalidate(self, order_id: UUID) -> None:
@@ -210,16 +207,18 @@ class RedisCache:
             self._trusted_until = began + TRUST
             self._outage.end()
 
-    async def ask(self, *commands: Command) -> list[Any]:
-        """Return the answers, in READ_TIMEOUT; RedisAway if not trusted."""
+    async def ask(self, *command: Any) -> Any:
+        """Return the answer; None if Redis is not trusted, or not well."""
         if not self.trusted:
-            raise RedisAway
+            return None
         try:
             async with asyncio.timeout(READ_TIMEOUT):
-                return await self._batch.ask(commands)
+                return await self._batch.ask(command)
         except TimeoutError:
             self._trusted_until = 0.0  # that the next need not wait, too
-            raise RedisAway from None
+        except RedisAway:
+            pass  # said by the trip, or one call's own
+        return None
 
     async def close(self) -> None:
         """Close the connection, and trust nothing."""
@@ -230,39 +229,28 @@ class RedisCache:
         """Return the answers, trusted or not; a failure ends the trust."""
         if not self._run:
             raise RedisAway
-        try:
-            return await self._batch.ask(commands)
-        except RedisAway as error:
-            # Who refuses may be a replica by now, and another epoch begun.
-            await self.close()
-            self._outage.report(error)
-            raise
+        # Who refuses may be a replica by now, and another epoch begun.
+        async with self._limit(None):
+            return await asyncio.gather(*map(self._batch.ask, commands))
 
-    async def _trip(
-        self, calls: list[tuple[Command, ...]]
-    ) -> list[list[Any] | RedisAway]:
-        """Make one round trip for all calls; a refusal is its call's own."""
+    async def _trip(self, commands: list[Command]) -> list[Any]:
+        """Make one round trip; a refusal is its command's own."""
         if not self._run:  # else it would connect, whatever epoch it is
             raise RedisAway
-        packed = [hiredis.pack_command(it) for call in calls for it in call]
-        answers: list[list[Any] | RedisAway] = []
         async with self._limit(TRIP_TIMEOUT):
+            packed = [hiredis.pack_command(command) for command in commands]
             await self._connection.send_packed_command(packed)
-            for call in calls:
-                read = [await self._read() for _ in call]
-                refusals = [a for a in read if isinstance(a, ResponseError)]
-                answers.append(RedisAway(*refusals) if refusals else read)
-        return answers
+            return [await self._read() for _ in commands]
 
     async def _read(self) -> Any:
-        """Return the next answer, which may be a refusal."""
+        """Return the next answer, or the exception of who is refused."""
         try:
             return await self._connection.read_response()
         except ResponseError as error:
-            return error
+            return RedisAway(error)
 
     @asynccontextmanager
-    async def _limit(self, seconds: float) -> AsyncIterator[None]:
+    async def _limit(self, seconds: float | None) -> AsyncIterator[None]:
         """Give the connection up if what is done with it fails or lasts."""
         try:
             async with asyncio.timeout(seconds):

@@ -14,11 +14,10 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
 from functools import lru_cache
 from http import HTTPStatus
 from ipaddress import ip_address, ip_network
-from typing import Any, NamedTuple
+from typing import Any
 
 import slowapi.util
 import sqlmodel
@@ -30,48 +29,37 @@ from sqlalchemy.exc import InternalError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
-from starlette.routing import compile_path
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from orders.cache import Command, RedisAway, RedisCache
+from orders.cache import RedisCache
 from orders.db import OUTAGES, is_outage
 from orders.logs import request_id
 from orders.models import Refusal
 
-DOCS_ASSETS = "/docs-assets"
-REDIRECTS = {"/": "/docs", "/favicon.ico": f"{DOCS_ASSETS}/favicon.png"}
-UNLIMITED = re.compile(
-    rf"/|/favicon\.ico|/health|/ready|/openapi\.json|/redoc|{DOCS_ASSETS}/.*"
-    r"|/docs(/oauth2-redirect)?"
-)
+DOCS_ASSETS = "/docs-assets/"
+UNLIMITED = {"/", "/favicon.ico", "/health", "/ready", "/openapi.json"}
+UNLIMITED |= {"/redoc", "/docs", "/docs/oauth2-redirect"}
 WITH_SLASH = {"/orders", "/register", "/token"}  # as documented; both serve
 MEDIA_TYPE = "application/problem+json"
 MAX_BODY = 64 * 1024  # bytes
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-ORDER = ("create_order", "get_order", "change_order_status")
-HEADERS = {  # what they say, and on which answers they are
-    "ETag": ("The order's version: its status, and the answer's form", ORDER),
-    "Idempotency-Replayed": ("true, if it was made before", ORDER[:1]),
-    "Link": ('The next page, as rel="next"', ("list_orders",)),
-    "Location": ("The order's address", ORDER[:1]),
-    "Retry-After": ("Seconds to wait before the next try", ("429", "503")),
-    "WWW-Authenticate": ("Bearer, and what is wrong with it", ("401",)),
-    "X-Cache": ("hit or miss", ORDER[1:2]),
-    "X-RateLimit-Limit": ("Calls of the tightest limit", ()),
-    "X-RateLimit-Remaining": ("Calls that are left of it", ()),
-    "X-RateLimit-Reset": ("When it is whole again, in epoch seconds", ()),
-    "X-Request-ID": ("The request's id, as the log has it", ()),
-}
+REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+# Count a call in the windows of the limits; a key that is new, or lost its
+# end, gets one.
+COUNT = """
+local counted = {}
+for i, key in ipairs(KEYS) do
+    local calls, left = redis.call('INCR', key), redis.call('TTL', key)
+    if left < 0 then redis.call('EXPIRE', key, ARGV[i]) end
+    counted[i] = {calls, left < 0 and tonumber(ARGV[i]) or left}
+end
+return counted
+"""
+# Calls that a limit leaves, below 0 if this was too many; the seconds until
+# it is whole again; and the limit.
+Budget = tuple[int, int, RateLimitItem]
 
 logger = logging.getLogger(__name__)
-
-
-class Budget(NamedTuple):
-    """What a limit leaves to a client."""
-
-    limit: RateLimitItem
-    remaining: int  # calls; below 0 when this one was too many
-    reset: int  # seconds until it is whole again
 
 
 class RateLimiter:
@@ -80,46 +68,30 @@ class RateLimiter:
     def __init__(self, text: str, redis: RedisCache | None) -> None:
         """Take limits such as `5/minute`, and Redis where there is one."""
         self._limits = parse_many(text) if text else []
+        self._windows = [limit.get_expiry() for limit in self._limits]
         self._redis = redis
-        by_address = slowapi.util.get_remote_address
-        self._local = slowapi.Limiter(key_func=by_address).limiter
+        limiter = slowapi.Limiter(key_func=slowapi.util.get_remote_address)
+        self._memory: Any = limiter.limiter.storage
 
     async def count(self, request: Request) -> Budget | None:
         """Count a call; return the tightest limit's budget, if any."""
-        if not self._limits:
-            return None
         client = client_of(slowapi.util.get_remote_address(request))
-        try:
-            budgets = await self._count_shared(client)
-        except RedisAway:
-            budgets = [self._count_locally(it, client) for it in self._limits]
-        return min(budgets, key=lambda b: (max(-1, b.remaining), -b.reset))
-
-    async def _count_shared(self, client: str) -> list[Budget]:
-        """Count in Redis, in one round trip."""
-        if self._redis is None:
-            raise RedisAway
-        commands: list[Command] = []
-        for limit in self._limits:
-            key, window = limit.key_for(client), limit.get_expiry()
-            commands.append(("SET", key, 0, "EX", window, "NX"))
-            commands += ("INCR", key), ("TTL", key)
-        answers = await self._redis.ask(*commands)
-        budgets = []
-        counted = zip(self._limits, answers[1::3], answers[2::3], strict=True)
-        for limit, count, left in counted:
-            if left < 0:  # the key ended between the two, and has no end now
-                left = limit.get_expiry()
-                await self._redis.ask(("EXPIRE", limit.key_for(client), left))
-            budgets.append(Budget(limit, limit.amount - count, max(1, left)))
-        return budgets
-
-    def _count_locally(self, limit: RateLimitItem, client: str) -> Budget:
-        """Count in this process."""
-        allowed = self._local.hit(limit, client)
-        end, remaining = self._local.get_window_stats(limit, client)
-        reset = max(1, math.ceil(end - time.time()))
-        return Budget(limit, remaining if allowed else -1, reset)
+        keys = [limit.key_for(client) for limit in self._limits]
+        counted: Any = None
+        if keys and self._redis:
+            command = "EVAL", COUNT, len(keys), *keys, *self._windows
+            counted = await self._redis.ask(*command)
+        if counted is None:
+            memory, moment = self._memory, time.time()
+            counted = [
+                (memory.incr(key, window), memory.get_expiry(key) - moment)
+                for key, window in zip(keys, self._windows, strict=True)
+            ]
+        budgets = [
+            (max(-1, limit.amount - calls), max(1, math.ceil(left)), limit)
+            for limit, (calls, left) in zip(self._limits, counted, strict=True)
+        ]
+        return min(budgets, key=lambda b: (b[0], -b[1]), default=None)
 
 
 @lru_cache(4096)
@@ -142,10 +114,13 @@ class Frame:
     ) -> None:
         """Wrap `app`."""
         self._app, self._limiter = app, limiter
-        methods = ["GET", "HEAD", "POST", "PATCH"]
-        allowed: Any = {"allow_methods": methods, "allow_headers": ["*"]}
-        allowed |= {"allow_origins": origins, "expose_headers": [*HEADERS]}
-        self._cors = CORSMiddleware(self._admit, **allowed)
+        self._cors = CORSMiddleware(
+            self._admit,
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD", "POST", "PATCH"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send
@@ -154,17 +129,18 @@ class Frame:
         # HEAD is answered as GET without the body: RFC 9110, section 9.3.2.
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        name = Request(scope).headers.get("x-request-id", "")
+        name = dict(scope["headers"]).get(b"x-request-id", b"")
         if not REQUEST_ID.fullmatch(name):
-            name = f"{random.getrandbits(128):032x}"
-        request_id.set(name)
-        trace.get_current_span().set_attribute("request.id", name)
+            name = b"%032x" % random.getrandbits(128)
+        request_id.set(name.decode())
+        trace.get_current_span().set_attribute("request.id", name.decode())
         head = scope["method"] == "HEAD"
+        bare = scope["path"].rstrip("/")
         headers = [(b"x-content-type-options", b"nosniff")]
-        headers.append((b"x-request-id", name.encode()))
+        headers.append((b"x-request-id", name))
         framed = {**scope, "orders.headers": headers}
-        framed["path"] = canonical_path(scope["path"])
         framed["method"] = "GET" if head else scope["method"]
+        framed["path"] = f"{bare}/" if bare in WITH_SLASH else bare or "/"
 
         async def send_framed(message: Message) -> None:
             """Add the headers that every answer has."""
@@ -192,10 +168,11 @@ class Frame:
 
     async def _refuse(self, request: Request) -> Response | None:
         """Return why a call is not answered: its budget, or its size."""
-        if UNLIMITED.fullmatch(request.scope["path"]):
+        path = request.scope["path"]
+        if path in UNLIMITED or path.startswith(DOCS_ASSETS):
             return None
         if budget := await self._limiter.count(request):
-            limit, remaining, reset = budget
+            remaining, reset, limit = budget
             request.scope["orders.headers"] += [  # as slowapi writes them
                 (b"x-ratelimit-limit", b"%d" % limit.amount),
                 (b"x-ratelimit-remaining", b"%d" % max(0, remaining)),
@@ -209,14 +186,6 @@ class Frame:
         # A body of unknown size passes here; the routes count it as it comes.
         too_large = size.isdecimal() and int(size[:9]) > MAX_BODY
         return problem(413, HINTS[413]) if too_large else None
-
-
-def canonical_path(path: str) -> str:
-    """Return a path as it is routed, with or without its last slash."""
-    if path in WITH_SLASH:
-        return path + "/"
-    bare = path.rstrip("/")
-    return path if not bare or bare in WITH_SLASH else bare
 
 
 HINTS = {
@@ -251,14 +220,14 @@ async def answer_http(request: Request, error: HTTPException) -> Response:
     headers = error.headers
     if error.status_code == 405:
         # The framework names the methods of one route; there may be two.
-        methods = [
-            method.upper()
-            for path, operations in request.app.openapi()["paths"].items()
-            if compile_path(path)[0].match(request.scope["path"])
-            for method in operations
-        ] or ["GET"]
-        methods += ["HEAD"] * ("GET" in methods)
-        headers = {"Allow": ", ".join(methods)}
+        methods = {
+            method
+            for route in request.app.routes
+            if route.matches(request.scope)[0] is not Match.NONE
+            for method in getattr(route, "methods", ())
+        } or {"GET"}
+        methods |= {"HEAD"} if "GET" in methods else set()
+        headers = {"Allow": ", ".join(sorted(methods))}
     return problem(error.status_code, detail, headers=headers)
 
 
@@ -298,18 +267,6 @@ HANDLERS: Any = {
     RequestValidationError: answer_invalid,
     **dict.fromkeys((*OUTAGES, InternalError), answer_outage),
 }
-PROBLEMS = {
-    400: "The body is not readable",
-    401: "No token, or a wrong password",
-    403: "Another user's",
-    404: "No such order, or another user's",
-    409: "The e-mail is taken, or the status is not a next one",
-    412: "The order has not the ETag of If-Match",
-    413: f"The body is larger than {MAX_BODY // 1024} KiB",
-    422: "What is sent is senseless: `detail` says what, and where",
-    429: "Over the rate limit",
-    503: "The database is away, or too many log in",
-}
 
 
 class Problem(sqlmodel.SQLModel):
@@ -323,28 +280,18 @@ class Problem(sqlmodel.SQLModel):
 
 def router(*statuses: int, **options: Any) -> APIRouter:
     """Return a router whose routes may answer with these problems."""
-    said: dict[int | str, Any] = {}
-    for status in statuses:
-        said[status] = {"model": Problem, "description": PROBLEMS[status]}
     # So that a generated client's methods are called as the functions.
     options["generate_unique_id_function"] = lambda route: route.name
-    return APIRouter(responses=said, max_body_size=MAX_BODY, **options)
+    options = {"max_body_size": MAX_BODY} | options
+    responses: Any = {status: {"model": Problem} for status in statuses}
+    return APIRouter(responses=responses, **options)
 
 
-def complete(openapi: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Say what FastAPI cannot know: headers, the media type of problems."""
-    schema = openapi()
+def complete(schema: dict[str, Any]) -> None:
+    """Name the media type of problems, which FastAPI cannot be told."""
     for operations in schema["paths"].values():
         for operation in operations.values():
-            for status, answer in operation["responses"].items():
-                answer["headers"] = {
-                    name: {"description": text, "schema": {"type": "string"}}
-                    for name, (text, where) in HEADERS.items()
-                    if not where
-                    or status in where
-                    or (status < "4" and operation["operationId"] in where)
-                }
+            for answer in operation["responses"].values():
                 content = answer.get("content", {})
                 if "Problem" in str(content):
                     content[MEDIA_TYPE] = content.pop("application/json")
-    return schema

@@ -105,8 +105,7 @@ def test_an_absent_redis_is_met_by_the_keeper_alone():
     async def run():
         shared = RedisCache(refused("redis"))
         began = time.monotonic()
-        with pytest.raises(RedisAway):
-            await shared.ask(("PING",))
+        assert await shared.ask("PING") is None
         shared.fill(ORDER, view("old"), time.monotonic())
         await shared.invalidate(ORDER)
         assert await shared.get(ORDER) is None
@@ -145,7 +144,7 @@ def filled(request):
     async def run(use):
         orders = RedisCache(stack.redis_url)
         await prove(orders)
-        await orders.ask(("FLUSHALL",))
+        await orders.ask("FLUSHALL")
         await prove(orders)
         await use(orders)
         await orders.close()
