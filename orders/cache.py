@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import hiredis
+from cachetools import TLRUCache
 from redis.asyncio import ConnectionPool
 from redis.exceptions import ResponseError
 
@@ -39,7 +40,7 @@ READ_TIMEOUT = 0.2  # seconds; a read has the database to fall back on
 TRIP_TIMEOUT = 0.5  # seconds; well under db.POOL_TIMEOUT
 CONNECT_TIMEOUT = 1.0  # seconds; only the keeper connects
 MEMORY_SIZE = 32 * 1024 * 1024  # bytes of the embedded cache
-ENTRY_SIZE = 256  # bytes that an entry takes beside its value
+ENTRY_SIZE = 384  # bytes that an entry takes beside its value
 
 EPOCH = re.compile(r"^(?:run_id|master_replid):(\w+)", re.MULTILINE)
 
@@ -86,52 +87,45 @@ class MemoryCache:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._entries: dict[UUID, tuple[bytes, float]] = {}
-        self._size = 0  # bytes of the values
+        self._entries = TLRUCache[UUID, OrderView | None](
+            MEMORY_SIZE,
+            lambda _, it, now: now + (CACHE_TTL if it else TOMBSTONE_TTL),
+            time.monotonic,
+            lambda it: ENTRY_SIZE + len(it.body if it else TOMBSTONE),
+        )
 
     async def get(self, order_id: UUID) -> OrderView | None:
         """Return the cached order, or None."""
-        value, ends_at = self._entries.get(order_id, (TOMBSTONE, 0.0))
-        return OrderView.decode(value) if time.monotonic() < ends_at else None
+        return self._entries.get(order_id)
 
     def fill(self, order_id: UUID, view: OrderView, read_at: float) -> None:
         """Cache a row unless something is there or the row is too old."""
-        moment = time.monotonic()
-        _, ends_at = self._entries.get(order_id, (TOMBSTONE, 0.0))
-        if moment >= ends_at and moment - read_at < MAX_FILL_AGE:
-            self._put(order_id, view.encode(), moment + CACHE_TTL)
+        if time.monotonic() - read_at < MAX_FILL_AGE:
+            self._entries.setdefault(order_id, view)
 
     async def invalidate(self, order_id: UUID) -> None:
         """Write a tombstone."""
-        self._put(order_id, TOMBSTONE, time.monotonic() + TOMBSTONE_TTL)
+        self._entries[order_id] = None
 
     async def prove(self, changed: Sequence[UUID], **_: object) -> None:
         """Write tombstones, for changes of a process that is gone."""
-        for order_id in changed:
-            await self.invalidate(order_id)
+        self._entries.update(dict.fromkeys(changed))
 
     async def close(self) -> None:
         """Keep nothing open."""
-
-    def _put(self, order_id: UUID, value: bytes, ends_at: float) -> None:
-        """Replace an entry; the oldest go first, as a dict keeps order."""
-        self._size -= len(self._entries.pop(order_id, (b"",))[0])
-        self._entries[order_id] = (value, ends_at)
-        self._size += len(value)
-        while self._size + ENTRY_SIZE * len(self._entries) > MEMORY_SIZE:
-            self._size -= len(self._entries.pop(next(iter(self._entries)))[0])
 
 
 class RedisAway(Exception):
     """Redis is not trusted, did not answer in time, or refused."""
 
 
-# A probe: may Redis be written? It keeps since when it has all tombstones,
-# which a flush takes, and returns the server's time.
+# A probe: may Redis be written? It takes tombstones, keeps since when it has
+# all of them, which a flush takes, and returns the server's time.
 PROBE = f"""
 local t = redis.call('TIME')
 local since = redis.call('GET', KEYS[1]) or t[1] + t[2] / 1000000
 redis.call('SET', KEYS[1], since, 'EX', {CACHE_TTL})
+for i = 2, #KEYS do redis.call('SET', KEYS[i], '', 'EX', ARGV[1]) end
 return t
 """
 # Redis compares its own clock, for a fill that the network held back.
@@ -180,8 +174,9 @@ class RedisCache:
 
     async def invalidate(self, order_id: UUID) -> None:
         """Write a tombstone, or lose the trust: then the keepers write it."""
+        key = self._key(order_id)
         with suppress(RedisAway):
-            await self._tell(self._tombstone(order_id))
+            await self._tell("SET", key, TOMBSTONE, "EX", TOMBSTONE_TTL)
 
     async def prove(
         self, changed: Sequence[UUID], *, began: float, complete: bool
@@ -197,10 +192,9 @@ class RedisCache:
             # replica that is promoted, begins with an empty cache. Also one
             # that led before: its run is the same, its replication is not.
             self._run = "-".join(EPOCH.findall(info))
-        *_, (seconds, micros) = await self._tell(
-            *map(self._tombstone, changed),
-            ("EVAL", PROBE, 1, self._key("since")),
-        )
+        keys = [self._key("since"), *map(self._key, changed)]
+        told = await self._tell("EVAL", PROBE, len(keys), *keys, TOMBSTONE_TTL)
+        seconds, micros = told
         self._clock = int(seconds) + int(micros) / 1e6 - time.monotonic()
         self._complete = self._complete or complete
         if self._complete:
@@ -225,13 +219,13 @@ class RedisCache:
         self._run, self._complete, self._trusted_until = "", False, 0.0
         await self._connection.disconnect(nowait=True)
 
-    async def _tell(self, *commands: Command) -> list[Any]:
-        """Return the answers, trusted or not; a failure ends the trust."""
+    async def _tell(self, *command: Any) -> Any:
+        """Return the answer, trusted or not; a failure ends the trust."""
         if not self._run:
             raise RedisAway
         # Who refuses may be a replica by now, and another epoch begun.
         async with self._limit(None):
-            return await asyncio.gather(*map(self._batch.ask, commands))
+            return await self._batch.ask(command)
 
     async def _trip(self, commands: list[Command]) -> list[Any]:
         """Make one round trip; a refusal is its command's own."""
@@ -263,10 +257,6 @@ class RedisCache:
     def _key(self, name: UUID | str) -> str:
         """Return the key of an order, or another, in this run."""
         return f"order:{self._run}:{name}"
-
-    def _tombstone(self, order_id: UUID) -> Command:
-        """Return the command that invalidates an order."""
-        return "SET", self._key(order_id), TOMBSTONE, "EX", TOMBSTONE_TTL
 
 
 OrderCache = MemoryCache | RedisCache

@@ -278,13 +278,13 @@ class Problem(sqlmodel.SQLModel):
     detail: str | list[dict[str, Any]]
 
 
-def router(*statuses: int, **options: Any) -> APIRouter:
+def router(tag: str, *statuses: int, **options: Any) -> APIRouter:
     """Return a router whose routes may answer with these problems."""
+    responses: Any = {status: {"model": Problem} for status in statuses}
+    options = {"max_body_size": MAX_BODY, "responses": responses} | options
     # So that a generated client's methods are called as the functions.
     options["generate_unique_id_function"] = lambda route: route.name
-    options = {"max_body_size": MAX_BODY} | options
-    responses: Any = {status: {"model": Problem} for status in statuses}
-    return APIRouter(responses=responses, **options)
+    return APIRouter(tags=[tag], **options)
 
 
 def complete(schema: dict[str, Any]) -> None:
