@@ -87,8 +87,7 @@ IdempotencyKey = Header(
     min_length=1,
     max_length=255,
     pattern=r"^[\x21-\x7e]+$",
-    description="Repeat a create with the same key, and it is made once; keys"
-    " never expire",
+    description="What is sent again is made once; keys never expire",
 )
 read_id = TypeAdapter[UUID](UUID).validate_strings
 
@@ -245,21 +244,16 @@ async def get_readiness(parts: PartsDep, response: Response) -> dict[str, str]:
 
 def answer_order(view: OrderView, status: int, headers: Any) -> Response:
     """Return an order's bytes as they are; none with a 304."""
-    headers["ETag"] = etag_of(view.status)
+    headers["ETag"] = f'"{view.status}.{FORM}"'
     headers["Cache-Control"] = "private, no-cache"
     kind = "application/json" if status != 304 else None
     return Response(view.body if kind else None, status, headers, kind)
 
 
-def etag_of(status: str) -> str:
-    """Return the validator of an order in a status; RFC 9110, 8.8.3."""
-    return f'"{status}.{FORM}"'
-
-
 def statuses_in(header: str) -> set[OrderStatus]:
     """Return the statuses whose tags a header names; a strong comparison."""
     tags = {tag.strip() for tag in header.split(",")}
-    return {s for s in OrderStatus if tags & {etag_of(s), "*"}}
+    return {s for s in OrderStatus if tags & {f'"{s}.{FORM}"', "*"}}
 
 
 DESCRIPTION = """\
@@ -319,7 +313,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     origins = settings.cors_origins
     app.add_middleware(http.Frame, limiter=parts.limiter, origins=origins)
-    http.complete(app.openapi())  # which it keeps
+    schemas = app.openapi()["components"]["schemas"]  # which it keeps
+    schemas["Problem"] = http.Problem.model_json_schema()
     # uvicorn numbers its processes, and each makes an app: said once.
     second = multiprocessing.current_process().name == "SpawnProcess-2"
     if second and not settings.redis_url:

@@ -174,27 +174,31 @@ class RedisCache:
 
     async def invalidate(self, order_id: UUID) -> None:
         """Write a tombstone, or lose the trust: then the keepers write it."""
+        if not self._run:
+            return
         key = self._key(order_id)
+        # Who refuses may be a replica by now, and another epoch begun.
         with suppress(RedisAway):
-            await self._tell("SET", key, TOMBSTONE, "EX", TOMBSTONE_TTL)
+            async with self._limit(None):
+                await self._batch.ask(("SET", key, "", "EX", TOMBSTONE_TTL))
 
     async def prove(
         self, changed: Sequence[UUID], *, began: float, complete: bool
     ) -> None:
         """Trust Redis for a second if it takes tombstones, and a probe."""
         # A round that does not know all changes goes on from one that did.
-        if not self._run:
-            async with self._limit(CONNECT_TIMEOUT):
+        async with self._limit(CONNECT_TIMEOUT):
+            if not self._run:
                 await self._connection.connect()
                 await self._connection.send_command("INFO")
                 info = bytes(await self._connection.read_response()).decode()
-            # Keys carry it: a server that comes back with a snapshot, or a
-            # replica that is promoted, begins with an empty cache. Also one
-            # that led before: its run is the same, its replication is not.
-            self._run = "-".join(EPOCH.findall(info))
-        keys = [self._key("since"), *map(self._key, changed)]
-        told = await self._tell("EVAL", PROBE, len(keys), *keys, TOMBSTONE_TTL)
-        seconds, micros = told
+                # Keys carry it: a server that comes back with a snapshot, or
+                # a replica that is promoted, begins with an empty cache. Also
+                # who led before: its run is the same, its replication is not.
+                self._run = "-".join(EPOCH.findall(info))
+            keys = [self._key("since"), *map(self._key, changed)]
+            probe = "EVAL", PROBE, len(keys), *keys, TOMBSTONE_TTL
+            seconds, micros = await self._batch.ask(probe)
         self._clock = int(seconds) + int(micros) / 1e6 - time.monotonic()
         self._complete = self._complete or complete
         if self._complete:
@@ -218,14 +222,6 @@ class RedisCache:
         """Close the connection, and trust nothing."""
         self._run, self._complete, self._trusted_until = "", False, 0.0
         await self._connection.disconnect(nowait=True)
-
-    async def _tell(self, *command: Any) -> Any:
-        """Return the answer, trusted or not; a failure ends the trust."""
-        if not self._run:
-            raise RedisAway
-        # Who refuses may be a replica by now, and another epoch begun.
-        async with self._limit(None):
-            return await self._batch.ask(command)
 
     async def _trip(self, commands: list[Command]) -> list[Any]:
         """Make one round trip; a refusal is its command's own."""

@@ -114,13 +114,9 @@ class Frame:
     ) -> None:
         """Wrap `app`."""
         self._app, self._limiter = app, limiter
-        self._cors = CORSMiddleware(
-            self._admit,
-            allow_origins=origins,
-            allow_methods=["GET", "HEAD", "POST", "PATCH"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
+        methods = ["GET", "HEAD", "POST", "PATCH"]
+        every: Any = {"allow_headers": ["*"], "expose_headers": ["*"]}
+        self._cors = CORSMiddleware(self._admit, origins, methods, **every)
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send
@@ -280,18 +276,11 @@ class Problem(sqlmodel.SQLModel):
 
 def router(tag: str, *statuses: int, **options: Any) -> APIRouter:
     """Return a router whose routes may answer with these problems."""
-    responses: Any = {status: {"model": Problem} for status in statuses}
-    options = {"max_body_size": MAX_BODY, "responses": responses} | options
+    content = {
+        MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}
+    }
+    options["responses"] = {it: {"content": content} for it in statuses}
+    options = {"max_body_size": MAX_BODY} | options
     # So that a generated client's methods are called as the functions.
     options["generate_unique_id_function"] = lambda route: route.name
     return APIRouter(tags=[tag], **options)
-
-
-def complete(schema: dict[str, Any]) -> None:
-    """Name the media type of problems, which FastAPI cannot be told."""
-    for operations in schema["paths"].values():
-        for operation in operations.values():
-            for answer in operation["responses"].values():
-                content = answer.get("content", {})
-                if "Problem" in str(content):
-                    content[MEDIA_TYPE] = content.pop("application/json")
