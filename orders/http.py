@@ -1,9 +1,8 @@
 """Wrap every call: its id, its client's budget, and errors as answers.
 
 The rate limit is one budget over the whole API, counted for refused calls
-too, shared by all processes through Redis; while Redis is not trusted each
-process counts in its own memory. The limits' syntax, the client's address and
-the counter in memory are slowapi's; the shared counter is one round trip.
+too, and shared by all processes through Redis; while that is not trusted each
+process counts in memory. Syntax, address and that counter are slowapi's.
 
 Every error is a problem of RFC 9457. None repeats what the client sent: it
 may be a password, or text that no answer can hold.
@@ -23,7 +22,7 @@ import slowapi.util
 import sqlmodel
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
-from limits import RateLimitItem, parse_many
+from limits import parse_many
 from opentelemetry import trace
 from sqlalchemy.exc import InternalError
 from starlette.exceptions import HTTPException
@@ -55,10 +54,6 @@ for i, key in ipairs(KEYS) do
 end
 return counted
 """
-# Calls that a limit leaves, below 0 if this was too many; the seconds until
-# it is whole again; and the limit.
-Budget = tuple[int, int, RateLimitItem]
-
 logger = logging.getLogger(__name__)
 
 
@@ -73,8 +68,9 @@ class RateLimiter:
         limiter = slowapi.Limiter(key_func=slowapi.util.get_remote_address)
         self._memory: Any = limiter.limiter.storage
 
-    async def count(self, request: Request) -> Budget | None:
-        """Count a call; return the tightest limit's budget, if any."""
+    async def count(self, request: Request) -> Any:
+        """Count a call; return what the tightest limit leaves, if any."""
+        # Calls, -1 if this was too many; seconds till it is whole; the limit.
         client = client_of(slowapi.util.get_remote_address(request))
         keys = [limit.key_for(client) for limit in self._limits]
         counted: Any = None
