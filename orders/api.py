@@ -84,9 +84,7 @@ IfMatch = Header(alias="If-Match", description="Change only this version")
 IfNoneMatch = Header(alias="If-None-Match", description="304 to this version")
 IdempotencyKey = Header(
     alias="Idempotency-Key",
-    min_length=1,
-    max_length=255,
-    pattern=r"^[\x21-\x7e]+$",
+    pattern=r"^[\x21-\x7e]{1,255}$",
     description="What is sent again is made once; keys never expire",
 )
 read_id = TypeAdapter[UUID](UUID).validate_strings
@@ -144,18 +142,13 @@ async def create_order(
     key: Annotated[str | None, IdempotencyKey] = None,
 ) -> Response:
     """Create an order; it is processed about two seconds later."""
-    made = await parts.orders.create(user_id, draft, key=key)
-    order_id, view, replayed = made
-    headers = {"Idempotency-Replayed": "true"} if replayed else {}
+    order_id, view, again = await parts.orders.create(user_id, draft, key=key)
+    headers = {"Idempotency-Replayed": "true"} if again else {}
     headers["Location"] = f"/orders/{order_id}"
     return answer_order(view, 201, headers)
 
 
-@quick.get(
-    "/{order_id}",
-    response_model=OrderPublic,
-    responses={304: {"description": "The order is as the client knows it"}},
-)
+@quick.get("/{order_id}", response_model=OrderPublic, responses={304: {}})
 async def get_order(
     order_id: OrderId,
     user_id: UserId,
@@ -257,8 +250,6 @@ def statuses_in(header: str) -> set[OrderStatus]:
 
 
 DESCRIPTION = """\
-Register, log in, and send the token as `Authorization: Bearer …`.
-
 A client's limit is {limit}; start the service with an empty `RATE_LIMIT=` to
 lift it while you try.
 

@@ -33,7 +33,6 @@ from orders.models import OrderStatus
 CACHE_TTL = 300  # seconds
 TOMBSTONE_TTL = 10  # seconds
 MAX_FILL_AGE = 5  # seconds; well under TOMBSTONE_TTL
-TOMBSTONE = b""
 TRUST = 1.0  # seconds
 READ_TIMEOUT = 0.2  # seconds; a read has the database to fall back on
 # A change holds a connection to the database meanwhile, which others wait for:
@@ -41,8 +40,6 @@ TRIP_TIMEOUT = 0.5  # seconds; well under db.POOL_TIMEOUT
 CONNECT_TIMEOUT = 1.0  # seconds; only the keeper connects
 MEMORY_SIZE = 32 * 1024 * 1024  # bytes of the embedded cache
 ENTRY_SIZE = 384  # bytes that an entry takes beside its value
-
-EPOCH = re.compile(r"^(?:run_id|master_replid):(\w+)", re.MULTILINE)
 
 logger = logging.getLogger(__name__)
 Command = tuple[Any, ...]
@@ -91,7 +88,7 @@ class MemoryCache:
             MEMORY_SIZE,
             lambda _, it, now: now + (CACHE_TTL if it else TOMBSTONE_TTL),
             time.monotonic,
-            lambda it: ENTRY_SIZE + len(it.body if it else TOMBSTONE),
+            lambda it: ENTRY_SIZE + (len(it.body) if it else 0),
         )
 
     async def get(self, order_id: UUID) -> OrderView | None:
@@ -195,7 +192,8 @@ class RedisCache:
                 # Keys carry it: a server that comes back with a snapshot, or
                 # a replica that is promoted, begins with an empty cache. Also
                 # who led before: its run is the same, its replication is not.
-                self._run = "-".join(EPOCH.findall(info))
+                ids = re.findall(r"\b(?:run_id|master_replid):(\w+)", info)
+                self._run = "-".join(ids)
             keys = [self._key("since"), *map(self._key, changed)]
             probe = "EVAL", PROBE, len(keys), *keys, TOMBSTONE_TTL
             seconds, micros = await self._batch.ask(probe)

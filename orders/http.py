@@ -177,15 +177,8 @@ class Frame:
         size = request.headers.get("content-length", "")
         # A body of unknown size passes here; the routes count it as it comes.
         too_large = size.isdecimal() and int(size[:9]) > MAX_BODY
-        return problem(413, HINTS[413]) if too_large else None
-
-
-HINTS = {
-    400: "The body could not be read: send valid JSON, or a valid form",
-    404: "No such address: see /docs",
-    405: "This address does not take this method: see /docs",
-    413: f"The body is too large: send at most {MAX_BODY} bytes",
-}
+        detail = f"Send at most {MAX_BODY} bytes"
+        return problem(413, detail) if too_large else None
 
 
 def problem(
@@ -207,8 +200,7 @@ async def answer_refusal(_: Request, it: Refusal) -> Response:
 
 
 async def answer_http(request: Request, error: HTTPException) -> Response:
-    """Answer a refusal of the framework's, with a detail that helps."""
-    detail = HINTS.get(error.status_code, error.detail)
+    """Answer a refusal of the framework's."""
     headers = error.headers
     if error.status_code == 405:
         # The framework names the methods of one route; there may be two.
@@ -220,7 +212,7 @@ async def answer_http(request: Request, error: HTTPException) -> Response:
         } or {"GET"}
         methods |= {"HEAD"} if "GET" in methods else set()
         headers = {"Allow": ", ".join(sorted(methods))}
-    return problem(error.status_code, detail, headers=headers)
+    return problem(error.status_code, error.detail, headers=headers)
 
 
 async def answer_invalid(request: Request, error: Any) -> Response:
