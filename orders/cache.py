@@ -207,14 +207,22 @@ class RedisCache:
         """Return the answer; None if Redis is not trusted, or not well."""
         if not self.trusted:
             return None
+        answer = self._batch.ask(command)
+        # Not asyncio.timeout, which takes longer than all else here.
+        loop = answer.get_loop()
+        late = loop.call_later(READ_TIMEOUT, self._give_up, answer)
         try:
-            async with asyncio.timeout(READ_TIMEOUT):
-                return await self._batch.ask(command)
-        except TimeoutError:
-            self._trusted_until = 0.0  # that the next need not wait, too
-        except RedisAway:
-            pass  # said by the trip, or one call's own
-        return None
+            return await answer
+        except RedisAway:  # said by the trip, or its call's own
+            return None
+        finally:
+            late.cancel()
+
+    def _give_up(self, answer: asyncio.Future[Any]) -> None:
+        """Let a caller go, and the next not wait, too."""
+        self._trusted_until = 0.0
+        if not answer.done():
+            answer.set_exception(RedisAway())
 
     async def close(self) -> None:
         """Close the connection, and trust nothing."""
