@@ -266,8 +266,7 @@ async def running(parts: Parts) -> AsyncIterator[dict[str, Any]]:
     """Run what brings events on, and take all down again."""
     parts.relay.start()
     keeper = asyncio.create_task(Keeper(parts.database, parts.cache).run())
-    gc.freeze()  # search no garbage in what stays, nor after each call
-    gc.set_threshold(10_000, 20, 50)
+    gc.freeze()  # search no garbage in what stays
     yield {"parts": parts}
     keeper.cancel()
     await asyncio.to_thread(parts.relay.end, STOP_TIMEOUT)
