@@ -84,6 +84,29 @@ def test_head_of_an_order_is_get_without_the_body(ada, bob):
 
 
 @pytest.mark.parametrize(
+    "form",
+    ["{}", "{{{}}}", "urn:uuid:{}", "{}x", "x{}", " {}", "{}%00", "1_{}", ""],
+)
+def test_the_hot_read_takes_and_refuses_what_other_routes_do(ada, form):
+    """It reads its own parameters, and leaves to FastAPI what is no id."""
+    order_id = ada.order()
+    for text in (order_id, order_id.upper(), order_id.replace("-", "")):
+        path = f"/orders/{form.format(text) or 'nothing'}"
+        for token in ("", "Basic x", "Bearer", "Bearer x", "bearer", None):
+            headers = {"Authorization": token}
+            if token is None:
+                headers = ada.headers
+            read = ada.client.get(path, headers=headers)
+            events = ada.client.get(f"{path}/events", headers=headers)
+
+            assert read.status_code == events.status_code
+            authenticate = events.headers.get("www-authenticate")
+            assert read.headers.get("www-authenticate") == authenticate
+            if read.status_code != 200:
+                assert read.json() == events.json()
+
+
+@pytest.mark.parametrize(
     ("path", "allowed"),
     [
         *((path, {"GET", "HEAD"}) for path in OPEN),
