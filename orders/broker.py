@@ -79,7 +79,8 @@ class Publisher:
                 properties, body = celery_message(event)
                 self._sent += 1
                 self._waiting.add(self._sent)
-                channel.basic_publish(
+                # Not pika's blocking one, which flushes after each message.
+                channel._impl.basic_publish(
                     "", DELAY_QUEUE, body, properties, mandatory=True
                 )
             channel._flush_output(lambda: not self._waiting)
