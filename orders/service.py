@@ -11,11 +11,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
 from orders import models
@@ -30,23 +30,9 @@ from orders.models import EVENTS, ORDERS, OrderCreate, OrderStatus, Refusal
 KEY_NAMESPACE = UUID("b8a1c9f4-2f6e-4a5c-9f0e-6d7f5f1f6c11")
 PLACE = ORDERS.c.created_at, ORDERS.c.id  # of an order in the list
 
-# The statements that many calls share are built once. On PostgreSQL orders are
-# created in one, which is a transaction, from the very bytes of the answers.
-CREATE = sa.text("""
-WITH made AS (
-    INSERT INTO orders
-    SELECT * FROM json_populate_recordset(NULL::orders, CAST(:orders AS json))
-    ORDER BY id -- two processes with the same keys must not deadlock
-    ON CONFLICT (id) DO NOTHING RETURNING id
-)
-INSERT INTO events
-SELECT e.* FROM json_populate_recordset(NULL::events, CAST(:events AS json)) e
-JOIN made ON made.id = e.order_id
-RETURNING order_id
-""")
-CREATE_IN_SQLITE = (
-    sqlite.insert(ORDERS).on_conflict_do_nothing().returning(ORDERS.c.id)
-)
+# The statements that many calls share are built once. SQLite has PostgreSQL's
+# clause, too.
+CREATE = insert(ORDERS).on_conflict_do_nothing().returning(ORDERS.c.id)
 READ = ORDERS.select().where(
     ORDERS.c.id.in_(sa.bindparam("ids", expanding=True))
 )
@@ -61,14 +47,7 @@ PROCESS = (
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
-
-
-class Draft(NamedTuple):
-    """An order to be: its row, its event's, and the answer."""
-
-    order: Row
-    event: Row
-    view: OrderView
+Draft = tuple[Row, Row]  # an order to be, and its event
 
 
 class OrderService:
@@ -98,10 +77,9 @@ class OrderService:
         }
         event = _event(order["id"], models.EventKind.NEW_ORDER)
         event["due_at"] += PROCESS_DELAY
-        view = OrderView.of(order.values())
-        if await self._creates.ask(Draft(order, event, view)):
+        if await self._creates.ask((order, event)):
             logger.info("Order %s created", order["id"])
-            return order["id"], view, False
+            return order["id"], OrderView.of(order.values()), False
         kept = await self._reads.ask(order["id"])
         if json.loads(kept.items) != json.loads(order["items"]):
             raise Refusal("key-reused")
@@ -115,10 +93,10 @@ class OrderService:
         hit = view is not None
         if view is None:
             read_at = time.monotonic()
-            view = OrderView.of(await self._read(order_id))
+            row = _own(await self._reads.ask(order_id), user_id)
+            view = OrderView.of(row)
             self._cache.fill(order_id, view, read_at)
-        _check_owner(view.user_id, user_id)
-        return view, hit
+        return _own(view, user_id), hit
 
     async def list_page(
         self,
@@ -176,8 +154,7 @@ class OrderService:
                 # leave the old bytes readable.
                 await self._cache.invalidate(order_id)
         if row is None:
-            order = await self._read(order_id)
-            _check_owner(order.user_id, user_id)
+            order = _own(await self._reads.ask(order_id), user_id)
             raise _explain(order.status, new, expected)
         # Again, for a reader that filled in between with the old row.
         await self._cache.invalidate(order_id)
@@ -194,49 +171,25 @@ class OrderService:
 
     async def _insert(self, drafts: list[Draft]) -> Sequence[bool | Exception]:
         """Write orders with their events; return which of them are new."""
-        # A row that alone is bad does not fail its neighbours.
+        # One key may come twice: the first of them is the one. By their ids,
+        # or two processes with the same keys could wait for each other.
+        unique = {order["id"]: (order, event) for order, event in drafts[::-1]}
+        orders = [unique[order_id][0] for order_id in sorted(unique)]
         try:
-            new = await self._insert_together(drafts)
-        except IntegrityError:  # the user of one is gone
+            async with self._database.transactions.begin() as connection:
+                new = set(await connection.scalars(CREATE, orders))
+                events = [unique[order_id][1] for order_id in new]
+                if events:
+                    await connection.execute(EVENTS.insert(), events)
+        except IntegrityError:  # the user of one is gone: only that one fails
             if len(drafts) == 1:
                 return [Refusal("unauthorized", headers=INVALID_TOKEN)]
             return [(await self._insert([draft]))[0] for draft in drafts]
-        answers = []
-        for draft in drafts:
-            answers.append(draft.order["id"] in new)
-            new.discard(draft.order["id"])
-        return answers
-
-    async def _insert_together(self, drafts: list[Draft]) -> set[UUID]:
-        """Write orders with their events in one transaction."""
-        # One key may come twice: the first of them is the one.
-        unique = {draft.order["id"]: draft for draft in drafts[::-1]}
-        events = [draft.event for draft in unique.values()]
-        if self._database.engine.dialect.name == "postgresql":
-            bodies = b",".join(draft.view.body for draft in unique.values())
-            given = {
-                "orders": f"[{bodies.decode()}]",
-                "events": json.dumps(events, default=str),
-            }
-            async with self._database.engine.connect() as connection:
-                made = await connection.execute(CREATE, given)
-                return set(made.scalars())
-        orders = [draft.order for draft in unique.values()]
-        async with self._database.transactions.begin() as connection:
-            made = await connection.execute(CREATE_IN_SQLITE, orders)
-            new = set(made.scalars())
-            if events := [
-                event for event in events if event["order_id"] in new
-            ]:
-                await connection.execute(EVENTS.insert(), events)
-        return new
-
-    async def _read(self, order_id: UUID) -> Any:
-        """Return an order's row, whoever's it is."""
-        row = await self._reads.ask(order_id)
-        if row is None:
-            raise Refusal("order-not-found")
-        return row
+        # Each order that is new is said to be so to the first who brought it.
+        return [
+            order["id"] in new and unique[order["id"]][0] is order
+            for order, _ in drafts
+        ]
 
     async def _select(self, order_ids: list[UUID]) -> Sequence[Any]:
         """Return the rows of orders, None for each that is not there."""
@@ -284,10 +237,11 @@ class LocalWorker:
         request_id.set("-")
 
 
-def _check_owner(owner_id: int, user_id: int) -> None:
-    """Refuse another user's order; the only place that checks."""
-    if owner_id != user_id:
+def _own(order: Any, user_id: int) -> Any:
+    """Return an order if it is the caller's; the only place that checks."""
+    if order is None or order.user_id != user_id:
         raise Refusal("order-not-found")
+    return order
 
 
 def _explain(old: OrderStatus, new: OrderStatus, expected: Any) -> Refusal:
@@ -312,5 +266,4 @@ def _event(order_id: UUID, kind: models.EventKind, **payload: Any) -> Row:
         "created_at": moment,
         "attempts": 0,
         "due_at": moment,
-        "processed_at": None,
     }

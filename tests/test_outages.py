@@ -351,7 +351,7 @@ class Change:
 
     async def committed(self):
         """Return whether another connection sees the change."""
-        return (await self.service._read(self.order_id)).status == "PAID"
+        return (await self.service._reads.ask(self.order_id)).status == "PAID"
 
 
 class Died(Exception):
