@@ -14,7 +14,7 @@ import pika
 from pika.exceptions import AMQPError
 from pika.spec import Basic
 
-from orders.events import PROCESS_DELAY, DeliveryFailed, DueEvent
+from orders.events import PROCESS_DELAY, Destination, DueEvent
 from orders.models import now
 
 TASK = "orders.process_order"
@@ -42,7 +42,7 @@ QUEUE_ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Publisher:
+class Publisher(Destination):
     """The relay's way to RabbitMQ."""
 
     name = "RabbitMQ"
@@ -55,7 +55,7 @@ class Publisher:
         self._parameters.blocked_connection_timeout = BROKER_TIMEOUT
         self._parameters.socket_timeout = BROKER_TIMEOUT
         self._parameters.stack_timeout = BROKER_TIMEOUT
-        self._connection: pika.BlockingConnection | None = None
+        self._connection: Any = None
         self._channel: Any = None
         self._sent = 0  # messages, through this channel
         self._waiting: set[int] = set()  # their numbers, till confirmed
@@ -66,11 +66,11 @@ class Publisher:
         # The question serves the heartbeat, too, and finds a queue missing:
         # so both are asked, in the order in which messages move.
         with self._opened() as channel:
-            lying = [
-                channel.queue_declare(queue, passive=True).method.message_count
+            asked = [
+                channel.queue_declare(queue, passive=True).method
                 for queue in (DELAY_QUEUE, QUEUE)
             ]
-        return not any(lying)
+        return not any(answer.message_count for answer in asked)
 
     def deliver(self, events: Sequence[DueEvent]) -> None:
         """Publish the events, and have the broker confirm them all."""
@@ -87,15 +87,6 @@ class Publisher:
             if self._refused:
                 raise AMQPError("a queue is full, or gone")
 
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        """Lend the channel; whatever fails closes the connection."""
-        try:
-            yield self._channel or self._open()
-        except (AMQPError, OSError) as error:
-            self.close()
-            raise DeliveryFailed(repr(error)) from error
-
     def close(self) -> None:
         """Close the connection, whatever state it is in."""
         with suppress(AMQPError, OSError):
@@ -103,18 +94,24 @@ class Publisher:
                 self._connection.close()
         self._connection = self._channel = None
 
-    def _open(self) -> Any:
-        """Return a new channel, with the queues declared."""
-        self._connection = pika.BlockingConnection(self._parameters)
-        channel: Any = self._connection.channel()
-        for queue, arguments in QUEUE_ARGUMENTS.items():
-            channel.queue_declare(queue, durable=True, arguments=arguments)
-        self._sent, self._waiting, self._refused = 0, set(), False
-        # pika's own confirms wait for each message alone: go below them.
-        channel._impl.confirm_delivery(self._note_confirm)
-        channel._impl.add_on_return_callback(self._note_return)
-        self._channel = channel
-        return channel
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """Lend the channel, or a new one; what fails closes the connection."""
+        try:
+            if self._channel is None:
+                self._connection = pika.BlockingConnection(self._parameters)
+                channel: Any = self._connection.channel()
+                for queue, given in QUEUE_ARGUMENTS.items():
+                    channel.queue_declare(queue, durable=True, arguments=given)
+                # pika's own confirms wait for each message: go below them.
+                self._sent, self._waiting, self._refused = 0, set(), False
+                channel._impl.confirm_delivery(self._note_confirm)
+                channel._impl.add_on_return_callback(self._note_return)
+                self._channel = channel
+            yield self._channel
+        except (AMQPError, OSError) as error:
+            self.close()
+            raise ConnectionError(repr(error)) from error
 
     def _note_return(self, *_: object) -> None:
         """Note that no queue took a message."""
@@ -139,7 +136,6 @@ def celery_message(event: DueEvent) -> tuple[pika.BasicProperties, bytes]:
         "order_id": str(event.order_id),
         "request_id": event.payload.get("request_id", "-"),
     }
-    embed = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
     properties = pika.BasicProperties(
         content_type="application/json",
         content_encoding="utf-8",
@@ -149,4 +145,5 @@ def celery_message(event: DueEvent) -> tuple[pika.BasicProperties, bytes]:
         headers={"lang": "py", "task": TASK, "id": event_id},
         expiration=str(max(0, int(left.total_seconds() * 1000))),
     )
+    embed = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
     return properties, json.dumps([[], kwargs, embed]).encode()

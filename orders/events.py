@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -31,7 +31,8 @@ from orders.models import EVENTS, EventKind, now
 PROCESS_DELAY = timedelta(seconds=2)  # from an order to its processing
 POLL_INTERVAL = 0.25  # seconds; of the relay and the keeper
 BATCH = 500  # events
-LEASES = (30, 60, 120, 300)  # seconds, by attempts so far; then the last
+MANY = 2**31 - 1  # attempts; the largest integer of PostgreSQL
+LEASE = 30  # seconds
 SWEEP_INTERVAL = 5.0  # seconds between two looks for leases that ran out
 # Finished events stay in the index while an old snapshot is open: a look
 # begins at what was due a while ago, which is longer than clocks differ and
@@ -48,28 +49,26 @@ lag = metrics.get_meter("orders").create_histogram("orders.outbox.lag", "s")
 class DueEvent(NamedTuple):
     """A claimed event; the columns that the claim returns."""
 
+    created_at: datetime  # first: it sorts them
     id: UUID
     order_id: UUID
     payload: dict[str, Any]
-    created_at: datetime
     attempts: int  # this one included
 
 
-class DeliveryFailed(Exception):
-    """It may be that not all was delivered; all of it is due again."""
-
-
-class Destination(Protocol):
-    """Where new orders go."""
+class Destination:
+    """Where new orders go; this much of it holds when nothing is between."""
 
     name: str  # for the log
-    lead: timedelta  # how long before they are due
+    lead = timedelta(0)  # how long before they are due
 
     def is_idle(self) -> bool:
-        """Return whether nothing waits there; raise if it is away."""
+        """Return whether nothing waits there; ConnectionError: it is away."""
+        return True
 
     def deliver(self, events: Sequence[DueEvent]) -> None:
-        """Deliver the events, or raise."""
+        """Deliver the events; raise if it may be that not all arrived."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Close what is open."""
@@ -79,6 +78,22 @@ NOT_DONE = EVENTS.c.processed_at.is_(None)
 CHANGES = sa.select(EVENTS.c.id, EVENTS.c.order_id).limit(BATCH)
 CHANGES = CHANGES.where(EVENTS.c.kind == EventKind.STATUS_CHANGED, NOT_DONE)
 CHANGES = CHANGES.where(EVENTS.c.due_at >= sa.bindparam("since"))
+DUE = (
+    sa.select(EVENTS.c.id)
+    .where(EVENTS.c.kind == EventKind.NEW_ORDER, NOT_DONE)
+    .where(EVENTS.c.due_at.between(sa.bindparam("since"), sa.bindparam("til")))
+    .where(EVENTS.c.attempts <= sa.bindparam("attempts"))
+    .order_by(EVENTS.c.due_at)
+    .limit(BATCH)
+    .with_for_update(skip_locked=True)
+    .cte("due")  # so that it runs once, and LIMIT holds
+)
+CLAIM = (
+    EVENTS.update()
+    .where(EVENTS.c.id.in_(sa.select(DUE.c.id)))
+    .values(attempts=EVENTS.c.attempts + 1, due_at=sa.bindparam("lease"))
+    .returning(*(EVENTS.c[name] for name in DueEvent._fields))
+)
 
 
 class Relay(threading.Thread):
@@ -97,7 +112,6 @@ class Relay(threading.Thread):
         self._outage = Outage(logger, destination.name)
         self._ended = threading.Event()
         self._answered_at = 0.0  # of time.monotonic
-        self._refused = False  # what was delivered last
         self._since = ALWAYS  # all that was due before is claimed
         self._sweep_at = 0.0  # of time.monotonic
 
@@ -113,17 +127,23 @@ class Relay(threading.Thread):
 
     def run(self) -> None:
         """Relay batch after batch, until it ends."""
+        failed = False
         while not self._ended.is_set():
-            relayed = 0
+            relayed, failed_before, began = 0, failed, time.monotonic()
             try:
-                relayed = self._round()
+                relayed, failed = self._round(), False
             except Exception as error:  # a relay that dies loses every order
-                if is_outage(error):
-                    self._database_outage.report(error)
-                else:
-                    self._answered_at = 0.0
-                    fault = not isinstance(error, DeliveryFailed)
+                failed = not is_outage(error)
+                if failed:
+                    fault = not isinstance(error, ConnectionError)
                     self._outage.report(error, fault=fault)
+                else:
+                    self._database_outage.report(error)
+            # Twice, as a full queue takes some now and then.
+            well = not failed and not failed_before
+            self._answered_at = began if well else 0.0
+            if well:
+                self._outage.end()
             if relayed < BATCH:
                 self._ended.wait(POLL_INTERVAL)
         self._destination.close()
@@ -132,66 +152,35 @@ class Relay(threading.Thread):
     def _round(self) -> int:
         """Claim and deliver a batch; return its size."""
         idle = self._destination.is_idle()
-        if not self._refused:
-            self._answered_at = time.monotonic()
-            self._outage.end()
-        events: list[DueEvent] = []
+        moment, attempts = now(), 0
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_INTERVAL
             self._since = ALWAYS
-            if idle:
-                events = self._lease(EVENTS.c.attempts > 0, ALWAYS, now())
-        if events:
+            attempts = MANY if idle else 0
+        until = moment + self._destination.lead
+        due = {"since": self._since, "til": until, "attempts": attempts}
+        due["lease"] = moment + timedelta(seconds=LEASE)
+        with self._engine.begin() as connection:
+            rows = connection.execute(CLAIM, due).all()
+        self._database_outage.end()
+        events = sorted(DueEvent(*row) for row in rows)
+        if len(events) < BATCH:  # else there may be more, that is as old
+            self._since = until - LOOK_BACK
+        if again := [event for event in events if event.attempts > 1]:
             logger.warning(
                 "%d events were not processed in time, and are delivered"
                 " again; one is of order %s, delivery %d",
-                *(len(events), events[0].order_id, events[0].attempts),
+                *(len(again), again[0].order_id, again[0].attempts),
             )
-        else:
-            until = now() + self._destination.lead
-            events = self._lease(EVENTS.c.attempts == 0, self._since, until)
-            if len(events) < BATCH:  # else there may be more, that is as old
-                self._since = until - LOOK_BACK
         if events:
             self._deliver(events)
-        self._refused = False  # also when another relay took what we could not
         return len(events)
-
-    def _lease(
-        self, which: sa.ColumnElement[bool], since: datetime, until: datetime
-    ) -> list[DueEvent]:
-        """Lease a batch of due events to this relay, the oldest first."""
-        due = (
-            sa.select(EVENTS.c.id)
-            .where(EVENTS.c.kind == EventKind.NEW_ORDER, NOT_DONE, which)
-            .where(EVENTS.c.due_at.between(since, until))
-            .order_by(EVENTS.c.due_at)
-            .limit(BATCH)
-            .with_for_update(skip_locked=True)
-            .cte("due")  # so that it runs once, and LIMIT holds
-        )
-        ends = [now() + timedelta(seconds=seconds) for seconds in LEASES]
-        *first, last = (sa.literal(end, EVENTS.c.due_at.type) for end in ends)
-        leases = dict(enumerate(first))
-        lease = sa.case(leases, value=EVENTS.c.attempts, else_=last)
-        claim = (
-            EVENTS.update()
-            .where(EVENTS.c.id.in_(sa.select(due.c.id)))
-            .values(attempts=EVENTS.c.attempts + 1, due_at=lease)
-            .returning(*(EVENTS.c[name] for name in DueEvent._fields))
-        )
-        with self._engine.begin() as connection:
-            rows = connection.execute(claim).all()
-        self._database_outage.end()
-        events = (DueEvent(*row) for row in rows)
-        return sorted(events, key=lambda event: event.created_at)
 
     def _deliver(self, events: list[DueEvent]) -> None:
         """Deliver the events; when that fails, they are due at once."""
         try:
             self._destination.deliver(events)
         except Exception:
-            self._refused = True
             these = EVENTS.c.id.in_([event.id for event in events])
             release = EVENTS.update().where(these, NOT_DONE)
             less = EVENTS.c.attempts - 1  # as if never claimed

@@ -10,7 +10,6 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -22,7 +21,7 @@ from orders import models
 from orders.auth import INVALID_TOKEN
 from orders.cache import OrderCache, OrderView
 from orders.db import AUTOCOMMIT, Batch, Database
-from orders.events import NOT_DONE, PROCESS_DELAY, DueEvent
+from orders.events import NOT_DONE, PROCESS_DELAY, Destination, DueEvent
 from orders.logs import request_id
 from orders.models import EVENTS, ORDERS, OrderCreate, OrderStatus, Refusal
 
@@ -211,22 +210,14 @@ def process_order(connection: sa.Connection, event_id: UUID) -> bool:
     return order_id is not None
 
 
-class LocalWorker:
+class LocalWorker(Destination):
     """The embedded worker: orders are processed in the relay's thread."""
 
     name = "The embedded worker"
-    lead = timedelta(0)
 
     def __init__(self, engine: sa.Engine) -> None:
         """Take where the orders are."""
         self._engine = engine.execution_options(**AUTOCOMMIT)
-
-    def is_idle(self) -> bool:
-        """Return that nothing ever waits."""
-        return True
-
-    def close(self) -> None:
-        """Keep nothing open."""
 
     def deliver(self, events: Sequence[DueEvent]) -> None:
         """Process the events one by one."""

@@ -298,7 +298,7 @@ HOSTILE = {
 
 def hostile_message(name):
     """Return a good message with something wrong, and its name as its id."""
-    event = DueEvent(uuid.uuid4(), uuid.uuid4(), {}, now(), 1)
+    event = DueEvent(now(), uuid.uuid4(), uuid.uuid4(), {}, 1)
     properties, body = celery_message(event)
     properties.message_id = name
     properties.expiration = None  # it goes to the worker's queue at once
@@ -542,8 +542,8 @@ def relaying(monkeypatch):
     """Return what runs a relay whose leases are short, in this process."""
     with contextlib.ExitStack() as stack:
 
-        def start(settings, *, leases=(3, 6, 12, 30), sweep=0.2):
-            monkeypatch.setattr(events, "LEASES", leases)
+        def start(settings, *, lease=3, sweep=0.2):
+            monkeypatch.setattr(events, "LEASE", lease)
             monkeypatch.setattr(events, "SWEEP_INTERVAL", sweep)
             engine = create_sync_engine(settings.database_url, deadline=15)
             stack.callback(engine.dispose)
@@ -563,7 +563,7 @@ def test_without_a_worker_each_order_is_one_message(production, relaying):
     journal = Journal(production)
     with channel_to(production) as channel:
         purged(channel)
-        relaying(production, leases=(0.5, 0.5, 0.5, 0.5))
+        relaying(production, lease=0.5)
         for _ in range(10):
             journal.insert(5)
             time.sleep(0.1)
@@ -675,7 +675,7 @@ def test_a_dead_letter_again_and_again_is_said_each_time(
     with channel_to(production) as channel:
         purged(channel)
         worker = run(servers.worker, production)
-        relaying(production, leases=(0.5, 0.5, 0.5, 0.5))
+        relaying(production, lease=0.5)
         servers.wait_until(lambda: ready_in(channel, DEAD_LETTERS) >= 3, 20)
         worker.stop()
         dead = ready_in(channel, DEAD_LETTERS)
@@ -716,7 +716,7 @@ def test_a_forged_message_processes_no_other_kind_of_event(production, run):
     with channel_to(production) as channel:
         purged(channel)
         for event_id, order_id in ((change, of_order), (good, order)):
-            due = DueEvent(event_id, order_id, {}, now(), 1)
+            due = DueEvent(now(), event_id, order_id, {}, 1)
             properties, body = celery_message(due)
             properties.expiration = None
             channel.basic_publish("", QUEUE, body, properties)
@@ -822,7 +822,7 @@ def test_a_worker_outlives_a_connect_that_is_cut_anywhere(
             assert worker.process.poll() is None, worker.text()
         journal = Journal(production)
         [(event_id, order_id)] = journal.insert(1)
-        due = DueEvent(event_id, order_id, {}, now(), 1)
+        due = DueEvent(now(), event_id, order_id, {}, 1)
         with channel_to(production) as channel:
             properties, body = celery_message(due)
             channel.basic_publish("", DELAY_QUEUE, body, properties)
