@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 from orders import models
 from orders.auth import INVALID_TOKEN
 from orders.cache import OrderCache, OrderView
-from orders.db import AUTOCOMMIT, Batch, Database
+from orders.db import Batch, Database
 from orders.events import NOT_DONE, PROCESS_DELAY, Destination, DueEvent
 from orders.logs import request_id
 from orders.models import EVENTS, ORDERS, OrderCreate, OrderStatus, Refusal
@@ -35,13 +35,13 @@ CREATE = insert(ORDERS).on_conflict_do_nothing().returning(ORDERS.c.id)
 READ = ORDERS.select().where(
     ORDERS.c.id.in_(sa.bindparam("ids", expanding=True))
 )
+# The condition makes the effect happen once, however often an event arrives.
 PROCESS = (
     EVENTS.update()
-    .where(EVENTS.c.id == sa.bindparam("event_id"))
-    .where(EVENTS.c.kind == models.EventKind.NEW_ORDER)
-    .where(NOT_DONE)
+    .where(EVENTS.c.id.in_(sa.bindparam("ids", expanding=True)))
+    .where(EVENTS.c.kind == models.EventKind.NEW_ORDER, NOT_DONE)
     .values(processed_at=sa.bindparam("moment"))
-    .returning(EVENTS.c.order_id)
+    .returning(EVENTS.c.id, EVENTS.c.order_id)
 )
 
 logger = logging.getLogger(__name__)
@@ -198,16 +198,16 @@ class OrderService:
         return [rows.get(order_id) for order_id in order_ids]
 
 
-def process_order(connection: sa.Connection, event_id: UUID) -> bool:
-    """Process a new order; return False if that was done before."""
-    # The worker and the embedded mode both end here, with a connection that
-    # commits each statement. The condition in the UPDATE makes the effect
-    # happen once, however often the event arrives.
-    done = {"event_id": event_id, "moment": models.now()}
-    order_id = connection.execute(PROCESS, done).scalar()
-    if order_id is not None:
+def process_orders(engine: sa.Engine, requests: dict[UUID, Any]) -> None:
+    """Process new orders, by their events and the requests that made them."""
+    # The worker and the embedded mode both end here.
+    done = {"ids": [*requests], "moment": models.now()}
+    with engine.begin() as connection:
+        processed = connection.execute(PROCESS, done).all()
+    for event_id, order_id in processed:
+        request_id.set(requests[event_id])
         logger.info("Order %s processed", order_id)
-    return order_id is not None
+    request_id.set("-")
 
 
 class LocalWorker(Destination):
@@ -217,15 +217,12 @@ class LocalWorker(Destination):
 
     def __init__(self, engine: sa.Engine) -> None:
         """Take where the orders are."""
-        self._engine = engine.execution_options(**AUTOCOMMIT)
+        self._engine = engine
 
     def deliver(self, events: Sequence[DueEvent]) -> None:
-        """Process the events one by one."""
-        for event in events:
-            request_id.set(event.payload.get("request_id", "-"))
-            with self._engine.connect() as connection:
-                process_order(connection, event.id)
-        request_id.set("-")
+        """Process the events, all at once."""
+        requests = {it.id: it.payload.get("request_id", "-") for it in events}
+        process_orders(self._engine, requests)
 
 
 def _own(order: Any, user_id: int) -> Any:

@@ -41,7 +41,7 @@ from orders.events import ANSWER_AGE, DueEvent, Relay
 from orders.logs import Outage
 from orders.models import now
 
-THREADS = 8  # of a worker
+BATCH = 50  # orders that share a worker's round trip
 CONFIRM = bytes.fromhex("003c0050")  # AMQP 0-9-1: class basic, ack
 LOCK_WAITS = (
     "SELECT pid FROM pg_stat_activity"
@@ -167,7 +167,7 @@ def test_a_worker_that_ends_loses_no_order(
             worker.signal(end)
             if end == signal.SIGKILL:
                 worker.process.wait()
-                unsaid += THREADS
+                unsaid += BATCH
             else:
                 assert worker.process.wait(10) == 0
             worker.start()
@@ -179,12 +179,12 @@ def test_an_order_outlives_the_worker_that_processes_it(production, run, http):
     """A message is acknowledged when its order is processed, not before."""
     api, worker = api_and_worker(run, production)
     journal, ada = Journal(production), user_of(http(api))
-    for _ in range(2 * THREADS):
+    for _ in range(16):
         journal.place(ada)
     time.sleep(0.5)  # the relay skips what is locked
     with psycopg.connect(journal.url) as lock:
         lock.execute("SELECT 1 FROM events FOR UPDATE")
-        lock_waits(journal, THREADS)
+        lock_waits(journal, 1)  # they share a round trip
         worker.kill()
         # Or these sessions would do what the dead worker asked for.
         journal.query(
@@ -656,12 +656,8 @@ def test_a_queue_that_refused_is_used_again(private_rabbitmq, run, http):
     assert len(warnings(api)) <= MAX_WARNINGS
 
 
-def test_a_dead_letter_again_and_again_is_said_each_time(
-    production, relaying, run, caplog
-):
-    """Its event is never processed, and is not forgotten."""
-    journal = Journal(production)
-    [(poisoned, order)] = journal.insert(1)
+def poison(journal, event_id):
+    """Let the database refuse that an event is processed."""
     with psycopg.connect(journal.url) as connection:
         connection.execute(
             "CREATE FUNCTION refuse() RETURNS trigger AS"
@@ -669,9 +665,42 @@ def test_a_dead_letter_again_and_again_is_said_each_time(
         )
         connection.execute(
             "CREATE TRIGGER refuse BEFORE UPDATE OF processed_at ON events"
-            f" FOR EACH ROW WHEN (OLD.id = '{poisoned}')"
+            f" FOR EACH ROW WHEN (OLD.id = '{event_id}')"
             " EXECUTE FUNCTION refuse()"
         )
+
+
+def test_a_bad_order_fails_alone(production, run):
+    """Those that share its round trip are processed, each once."""
+    journal = Journal(production)
+    made = journal.insert(20)
+    (bad, _), *good = made
+    poison(journal, bad)
+    with channel_to(production) as channel:
+        purged(channel)
+        for event_id, order_id in made:
+            due = DueEvent(now(), event_id, order_id, {}, 1)
+            properties, body = celery_message(due)
+            properties.expiration = None
+            channel.basic_publish("", QUEUE, body, properties)
+        worker = run(servers.worker, production)
+        orders = [str(order_id) for _, order_id in good]
+        servers.wait_until(lambda: journal.processed(orders), 10)
+        servers.wait_until(lambda: ready_in(channel, DEAD_LETTERS) == 1, 10)
+    worker.stop()
+
+    unprocessed = "SELECT id FROM events WHERE processed_at IS NULL"
+    assert journal.query(unprocessed) == [(bad,)]
+    assert worker.text().count(" processed\n") == len(good)
+
+
+def test_a_dead_letter_again_and_again_is_said_each_time(
+    production, relaying, run, caplog
+):
+    """Its event is never processed, and is not forgotten."""
+    journal = Journal(production)
+    [(poisoned, order)] = journal.insert(1)
+    poison(journal, poisoned)
     with channel_to(production) as channel:
         purged(channel)
         worker = run(servers.worker, production)
@@ -841,12 +870,12 @@ def test_a_worker_that_lost_its_connection_says_it_shortly(
             servers.worker, through(proxy, production, stack.rabbitmq)
         )
         journal, ada = Journal(production), user_of(http(api))
-        for _ in range(2 * THREADS):
+        for _ in range(16):
             journal.place(ada)
         time.sleep(0.5)
         with psycopg.connect(journal.url) as lock:
             lock.execute("SELECT 1 FROM events FOR UPDATE")
-            lock_waits(journal, THREADS)
+            lock_waits(journal, 1)  # they share a round trip
             proxy.end_present()
         journal.settle(worker)
 
