@@ -738,7 +738,7 @@ def measure_start(stage: Stage, rounds: int) -> Iterator[Row]:
         )
         began = time.perf_counter()
         with servers.running(server):
-            while not servers.answers(f"http://127.0.0.1:{port}/health"):
+            while not servers.healthy(port):
                 time.sleep(0.01)
             seconds.append(time.perf_counter() - began)
     yield Row("`uv run orders` until its first answer", "≤1", seconds, "s")

@@ -21,7 +21,7 @@ def orders_command(folder, env=None):
             "RATE_LIMIT": "",
             **(env or {}),
         },
-        ready=lambda: servers.answers(f"http://127.0.0.1:{port}/health"),
+        ready=lambda: servers.healthy(port),
         ours=True,
     )
 

@@ -275,7 +275,7 @@ def test_the_frameworks_command_serves(embedded, tmp_path, pytestconfig, http):
         port=port,
         folder=tmp_path,
         env=environment(embedded),
-        ready=lambda: servers.answers(f"http://127.0.0.1:{port}/health"),
+        ready=lambda: servers.healthy(port),
         ours=True,
     )
     with servers.running(server):

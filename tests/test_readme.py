@@ -144,7 +144,7 @@ def shell(command, folder, env, **options):
 
 def serves(port):
     """Return what asks whether the API is there."""
-    return lambda: servers.answers(f"http://127.0.0.1:{port}/health")
+    return lambda: servers.healthy(port)
 
 
 def test_every_command_has_a_case():

@@ -558,7 +558,7 @@ def test_a_crowd_is_answered_or_told_to_come_back(
         port=port,
         folder=tmp_path,
         env=env | {"RATE_LIMIT": ""},
-        ready=lambda: servers.answers(f"http://127.0.0.1:{port}/health"),
+        ready=lambda: servers.healthy(port),
         ours=True,
     )
     with servers.running(api):
