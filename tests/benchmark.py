@@ -433,7 +433,6 @@ def new_stage() -> Iterator[Stage]:
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="orders-benchmark-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        folder.chmod(0o755)  # PostgreSQL runs as a user of its own
         yield Stage(folder, stack)
 
 

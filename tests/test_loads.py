@@ -252,7 +252,7 @@ def set_read_only(postgres, *, on):
 
     Sessions that are read-only then are left to the service.
     """
-    database = "ALTER DATABASE postgres"
+    database = "ALTER DATABASE orders"
     url = f"postgresql://postgres@127.0.0.1:{postgres.port}/postgres"
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("SET default_transaction_read_only = off")
@@ -266,7 +266,7 @@ def set_read_only(postgres, *, on):
         )
         connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE pid <> pg_backend_pid() AND datname = 'postgres'"
+            " WHERE pid <> pg_backend_pid() AND datname = 'orders'"
         )
 
 

@@ -269,8 +269,8 @@ def test_the_production_commands_process_an_order(
     """They start on an empty database; the image's health check agrees."""
     migrate, api, worker = commands
     name = f"readme{next(databases)}"
-    stack.execute(f"CREATE DATABASE {name}")
-    settings = replace(production, database_url=stack.database_url(name))
+    empty = stack.copy_database(name, "template1")
+    settings = replace(production, database_url=empty)
     port = servers.free_port()
     env = reader | environment(settings)
     env |= dict.fromkeys(("APP_PORT", "UVICORN_PORT"), str(port))
