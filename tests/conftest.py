@@ -329,12 +329,17 @@ def private_postgres(
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., servers.Server]]:
+def run(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., servers.Server]]:
     """Return what runs an API or a worker until the test ends."""
+    fault = request.node.get_closest_marker("fault")
     with contextlib.ExitStack() as stack:
 
         def start(factory, settings, **env):
             env = environment(settings) | env
+            if fault and factory is servers.api:  # others cover all of it
+                env[servers.COVERAGE] = ""
             server = factory(tmp_path, env)
             return stack.enter_context(servers.running(server))
 

@@ -26,6 +26,7 @@ RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 PYTHON = Path(sys.executable).parent
 PORTS = range(12_000, 32_000)  # below those that systems give away
 CLAIMS: list[socket.socket] = []
+COVERAGE = "COVERAGE_PROCESS_CONFIG"  # set while processes are measured
 
 
 def postgres_binaries() -> Path | None:
@@ -198,7 +199,8 @@ def running(server: Server) -> Iterator[Server]:
         yield server.start()
     finally:
         if server.process is not None:
-            if server.ours:  # its coverage is saved at a polite end only
+            # What it covered is saved at a polite end only.
+            if server.ours and server.env.get(COVERAGE):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     server.stop()
             server.kill()
