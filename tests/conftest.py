@@ -48,7 +48,7 @@ ITEMS = [{"name": "tea", "quantity": 3, "price": 0.1}]
 
 
 # Tests of these run one after the other, for they share what is dear to make.
-SHARED = ("frail_rabbitmq", "reader")
+SHARED = ("frail_rabbitmq", "reader", "server")
 # The modules in which a test that runs processes harms them, or waits long.
 FAULTS = {"faults", "store_faults", "trust", "outages", "loads"}
 
@@ -83,10 +83,17 @@ def pytest_configure(config: pytest.Config) -> None:
         option.markexpr = NO_FAULTS
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes share the tests: many of them wait."""
+    return 2 * (os.cpu_count() or 1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark faults, and group the tests that share a fixture, longest first."""
-    items.sort(key=lambda item: SHARED[1] not in item.fixturenames)
+    """Mark faults, which go first, and group the tests that share a fixture.
+
+    What is short comes last, so that all processes end at the same time.
+    """
     for item in items:
         fixtures = item.fixturenames
         module = item.path.stem.removeprefix("test_")
@@ -95,6 +102,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for shared in SHARED:
             if shared in fixtures:
                 item.add_marker(pytest.mark.xdist_group(shared))
+    items.sort(key=lambda item: item.get_closest_marker("fault") is None)
 
 
 @pytest.hookimpl(wrapper=True)
