@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -28,8 +29,9 @@ from alembic.config import Config
 os.environ["JWT_SECRET_KEY"] = "0123456789abcdef" * 4
 for name in ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL", "RATE_LIMIT"):
     os.environ.pop(name, None)
-# Or each process that a test starts would compile all its modules again.
+# Or each process, those that tests start too, would compile all modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["PYTEST_ADDOPTS"] = "-n 0"  # of the runs that a test starts
 
 pytest.register_assert_rewrite("faults")
