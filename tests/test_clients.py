@@ -67,10 +67,11 @@ assert wrong["error"] == "invalid_grant"
 """
 
 
-@pytest.fixture
-def server(tmp_path):
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
     """Run the service embedded, without a limit."""
-    with servers.running(orders_command(tmp_path)) as server:
+    folder = tmp_path_factory.mktemp("clients")
+    with servers.running(orders_command(folder)) as server:
         yield server
 
 
@@ -150,7 +151,7 @@ def browser():
 
 def test_the_docs_work_on_a_closed_network(server, http, browser, tmp_path):
     """A person authorises there and creates an order."""
-    User(http(server), "ada@example.com")
+    User(http(server), "bob@example.com")
 
     def find(selector):
         return WebDriverWait(browser, 20).until(
@@ -165,7 +166,7 @@ def test_the_docs_work_on_a_closed_network(server, http, browser, tmp_path):
 
     browser.get(f"http://127.0.0.1:{server.port}/docs")
     click(".auth-wrapper .authorize")
-    find("#oauth_username").send_keys("ada@example.com")
+    find("#oauth_username").send_keys("bob@example.com")
     find("#oauth_password").send_keys(PASSWORD)
     click(".auth-btn-wrapper .authorize")
     find(".auth-btn-wrapper .btn-done")
