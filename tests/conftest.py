@@ -38,7 +38,10 @@ pytest.register_assert_rewrite("faults")
 
 import servers
 from fastapi.testclient import TestClient
+from pwdlib import PasswordHash
+from pwdlib.hashers.argon2 import Argon2Hasher
 
+from orders import auth
 from orders.__main__ import ALEMBIC_INI
 from orders.api import create_app
 from orders.settings import Settings
@@ -199,6 +202,15 @@ class Stack:
                 copy += " STRATEGY FILE_COPY"  # as ever; a third of the time
             connection.execute(copy)
         return self.database_url(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_passwords() -> Iterator[None]:
+    """Let this process hash them in no time: most tests register users."""
+    hasher = Argon2Hasher(memory_cost=64, time_cost=1, parallelism=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auth, "passwords", PasswordHash((hasher,)))
+        yield
 
 
 @pytest.fixture(scope="session")
