@@ -25,7 +25,6 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 import tempfile
 import time
 import uuid
@@ -725,10 +724,7 @@ def measure_workers(stage: Stage, rounds: int) -> Iterator[Row]:
 def measure_start(stage: Stage, rounds: int) -> Iterator[Row]:
     """Measure `uv run orders` in an empty directory, until it answers."""
     root, seconds = Path(__file__).parent.parent, []
-    subprocess.run(
-        ["uv", "sync", "--quiet", "--compile-bytecode"], cwd=root, check=True
-    )
-    for number in range(rounds):
+    for number in range(rounds + 1):  # the first compiles what it imports
         folder, port = stage.folder / f"start{number}", servers.free_port()
         folder.mkdir()
         uv = ["uv", "run", "--project", root, "orders"]
@@ -740,7 +736,7 @@ def measure_start(stage: Stage, rounds: int) -> Iterator[Row]:
             while not servers.healthy(port):
                 time.sleep(0.01)
             seconds.append(time.perf_counter() - began)
-    yield Row("`uv run orders` until its first answer", "≤1", seconds, "s")
+    yield Row("`uv run orders` until its first answer", "≤1", seconds[1:], "s")
 
 
 # --- What comes of it -------------------------------------------------------
