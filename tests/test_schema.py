@@ -12,6 +12,7 @@ from orders.models import REFUSALS
 
 def test_schemathesis_finds_nothing(tmp_path, http, pytestconfig):
     """All of its checks hold: no 5xx, no undocumented answer."""
+    examples = 30 if pytestconfig.option.all else 10
     server = orders_command(tmp_path)
     with servers.running(server):
         ada = User(http(server), "ada@example.com")
@@ -24,7 +25,7 @@ def test_schemathesis_finds_nothing(tmp_path, http, pytestconfig):
                 f"http://127.0.0.1:{server.port}/openapi.json",
                 "--header",
                 f"Authorization: {ada.headers['Authorization']}",
-                *("--checks", "all", "--max-examples", "30"),
+                *("--checks", "all", "--max-examples", str(examples)),
             ],
             cwd=tmp_path,
             env=servers.without_coverage(),
