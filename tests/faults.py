@@ -20,7 +20,7 @@ import httpx2
 import psycopg
 import redis
 import servers
-from conftest import User
+from conftest import User, replace
 
 PAUSE = 0.02  # seconds between two calls of a client
 
@@ -178,8 +178,21 @@ class Proxy(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Forward)
         self.target, self.delay = target, 0.0
         self.cut = self.swallow = lambda connection, data: False
+        self.holds = False  # new connections, too
         self.connections = []
         self.port = self.server_address[1]
+
+    def hold(self, *, new=False):
+        """Hold back what the present connections carry, or new ones, too."""
+        self.holds = new
+        for connection in list(self.connections):
+            connection.flows.clear()
+
+    def release(self):
+        """Let all that was held back arrive."""
+        self.holds = False
+        for connection in list(self.connections):
+            connection.flows.set()
 
     def swallow_present(self):
         """Swallow what the present connections carry; new ones work."""
@@ -192,34 +205,38 @@ class Proxy(socketserver.ThreadingTCPServer):
         for connection in list(self.connections):
             connection.end()
 
-    def handle_error(self, request, address):
-        """Say nothing of a target that is away."""
-
 
 class _Forward(socketserver.BaseRequestHandler):
     """One connection; `pieces` of data went through it so far."""
 
     def handle(self):
         """Copy bytes in both directions until either side ends."""
-        self.pieces, self.silent = 0, False
-        self.target = socket.create_connection(
-            ("127.0.0.1", self.server.target)
-        )
+        self.pieces, self.silent, self.sides = 0, False, [self.request]
+        self.flows = threading.Event()
+        if not self.server.holds:
+            self.flows.set()
         self.server.connections.append(self)
-        back = threading.Thread(
-            target=self.pump, args=(self.request, self.target), daemon=True
-        )
-        back.start()
-        self.pump(self.target, self.request, late=True)
-        back.join()
+        self.flows.wait()
+        address = "127.0.0.1", self.server.target
+        with (
+            contextlib.suppress(OSError),  # nobody is there
+            socket.create_connection(address) as target,
+        ):
+            self.sides.append(target)
+            back = threading.Thread(
+                target=self.pump, args=(self.request, target), daemon=True
+            )
+            back.start()
+            self.pump(target, self.request, late=True)
+            back.join()
         self.server.connections.remove(self)
-        self.target.close()
 
     def pump(self, source, sink, *, late=False):
         """Copy bytes until either side ends, then end both."""
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self.pieces += 1
+                self.flows.wait()
                 if late:
                     time.sleep(self.server.delay)
                 if self.server.cut(self, data):
@@ -231,15 +248,15 @@ class _Forward(socketserver.BaseRequestHandler):
 
     def end(self):
         """End both sides, whatever state they are in."""
-        for side in (self.request, self.target):
+        for side in self.sides:
             with contextlib.suppress(OSError):
                 side.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
-def proxying(server, kind=Proxy):
+def proxying(server):
     """Run a proxy before a server for the time of the block."""
-    with kind(server.port) as proxy:
+    with Proxy(server.port) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,))
         thread.start()
         try:
@@ -247,84 +264,18 @@ def proxying(server, kind=Proxy):
         finally:
             proxy.shutdown()
             thread.join()
+            proxy.release()
             proxy.end_present()
 
 
-# --- A network before Redis -------------------------------------------------
-
-
-class Line(Proxy):
-    """A proxy whose wires can be held, cut, and led elsewhere."""
-
-    daemon_threads = True
-
-    def __init__(self, target):
-        """Listen on a free port."""
-        super().__init__(target)
-        self.RequestHandlerClass = _Wire
-        self.cut = False  # wires that are laid from now on are held, too
-        self.wires = []
-
-    def hold(self):
-        """Hold back what travels on the present wires."""
-        for wire in self.wires:
-            wire.flows.clear()
-
-    def release(self):
-        """Let all that was held back arrive."""
-        self.cut = False
-        for wire in self.wires:
-            wire.flows.set()
-
-    def lead_to(self, server, *, noticed=True):
-        """Lay new wires to another server; the present ones may end."""
-        self.target = server.port
-        for wire in self.wires if noticed else ():
-            with contextlib.suppress(OSError):
-                wire.request.shutdown(socket.SHUT_RDWR)
-
-
-def _pump(source, sink, wait):
-    """Copy bytes until either side ends, then end both."""
-    with contextlib.suppress(OSError):
-        while data := source.recv(65536):
-            wait()
-            sink.sendall(data)
-    for side in (source, sink):
-        with contextlib.suppress(OSError):
-            side.shutdown(socket.SHUT_RDWR)
-
-
-class _Wire(socketserver.BaseRequestHandler):
-    def handle(self):
-        self.flows = threading.Event()
-        if not self.server.cut:
-            self.flows.set()
-        self.server.wires.append(self)
-        self.flows.wait()
-        address = "127.0.0.1", self.server.target
-        with (
-            contextlib.suppress(OSError),
-            socket.create_connection(address) as target,
-        ):
-            there = self.request, target, self.flows.wait
-            threading.Thread(target=_pump, args=there, daemon=True).start()
-            _pump(target, self.request, self.wait)
-
-    def wait(self):
-        """Wait as long as a reply takes."""
-        self.flows.wait()
-        time.sleep(self.server.delay)
-
-
-@contextlib.contextmanager
-def line_to(server):
-    """Run a line to a server for the time of the block."""
-    with proxying(server, Line) as line:
-        try:
-            yield line
-        finally:
-            line.release()
+def through(proxy, settings, server):
+    """Return settings that reach a server by its proxy."""
+    changes = {
+        name: url.replace(f":{server.port}/", f":{proxy.port}/")
+        for name in ("rabbitmq_url", "database_url", "redis_url")
+        if (url := getattr(settings, name))
+    }
+    return replace(settings, **changes)
 
 
 @contextlib.contextmanager

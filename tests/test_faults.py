@@ -22,7 +22,7 @@ import psycopg
 import pytest
 import servers
 from conftest import replace
-from faults import Journal, calling, proxying, user_of
+from faults import Journal, calling, proxying, through, user_of
 from sqlalchemy import event
 
 from orders import events
@@ -55,16 +55,6 @@ def channel_to(settings):
     parameters = pika.URLParameters(settings.rabbitmq_url)
     with pika.BlockingConnection(parameters) as connection:
         yield connection.channel()
-
-
-def through(proxy, settings, server):
-    """Return settings whose broker or database is behind a proxy."""
-    changes = {
-        name: url.replace(f":{server.port}/", f":{proxy.port}/")
-        for name in ("rabbitmq_url", "database_url")
-        if (url := getattr(settings, name))
-    }
-    return replace(settings, **changes)
 
 
 def broker_of(client):

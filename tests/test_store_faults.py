@@ -20,10 +20,10 @@ import psycopg
 import pytest
 import redis as redis_client
 import servers
-from conftest import ITEMS, PASSWORD, SECRET, User, environment, replace
+from conftest import ITEMS, PASSWORD, SECRET, User, environment
 from fastapi import Request
 from fastapi.testclient import TestClient
-from faults import Journal, calling, proxying, user_of
+from faults import Journal, calling, proxying, through, user_of
 from sqlalchemy import text
 
 from orders.__main__ import MAX_CONNECTIONS
@@ -89,8 +89,7 @@ def test_reads_and_changes_work_without_redis(
     """Reads stay quick, and nothing stale comes back."""
     redis, settings = private_redis
     with proxying(redis) as proxy:
-        url = settings.redis_url.replace(f":{redis.port}", f":{proxy.port}")
-        settings = replace(settings, redis_url=url)
+        settings = through(proxy, settings, redis)
         api = run(servers.api, settings, RATE_LIMIT="100000/minute")
         ada, victim = user_of(http(api)), proxy if fault == "slow" else redis
         for outages in rounds(1):

@@ -15,8 +15,8 @@ import psycopg
 import pytest
 import redis as redis_client
 import servers
-from conftest import ITEMS, replace
-from faults import REFUSALS, calling, line_to, refusing, user_of
+from conftest import ITEMS
+from faults import REFUSALS, calling, proxying, refusing, through, user_of
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
@@ -122,12 +122,6 @@ def open_shop(run, http):
     return start
 
 
-def through(settings, server, line):
-    """Return settings that reach a Redis over a line."""
-    url = settings.redis_url.replace(f":{server.port}", f":{line.port}")
-    return replace(settings, redis_url=url)
-
-
 # --- It refuses -------------------------------------------------------------
 
 
@@ -196,9 +190,9 @@ def test_a_replica_that_is_promoted_hides_no_change(
     (tmp_path / "second").mkdir()
     with (
         servers.running(servers.redis(tmp_path / "second")) as second,
-        line_to(first) as line,
+        proxying(first) as line,
     ):
-        settings = through(settings, first, line)
+        settings = through(line, settings, first)
         shop = open_shop(settings, settings)
         orders = shop.cached()
         pair = [(first, second), (second, first)]
@@ -210,7 +204,9 @@ def test_a_replica_that_is_promoted_hides_no_change(
             if number == 1:
                 shop.change(shop.clients[0], orders[0], "PAID")
                 wait_until_told(settings)
-            line.lead_to(new, noticed=case != "unnoticed")
+            line.target = new.port
+            if case != "unnoticed":
+                line.end_present()
             follow(old, new)
             shop.wait_for_trust(5)
             shop.change(shop.clients[1], orders[number], "PAID")
@@ -247,13 +243,12 @@ def test_a_process_that_is_cut_off_is_spoken_for(
 ):
     """The other one tells Redis what it could not."""
     redis, settings = private_redis
-    with line_to(redis) as line:
-        shop = open_shop(through(settings, redis, line), settings)
+    with proxying(redis) as line:
+        shop = open_shop(through(line, settings, redis), settings)
         for _ in rounds(1):
             orders = shop.cached(6)
             with shop.watched():
-                line.cut = True
-                line.hold()
+                line.hold(new=True)
                 for order in orders:
                     shop.change(shop.clients[0], order, "PAID")
                     time.sleep(0.3)
@@ -267,9 +262,9 @@ def test_a_process_that_is_cut_off_is_spoken_for(
 def test_a_redis_that_is_far_away_is_used(private_redis, open_shop):
     """Reads over 70 ms become hits, and stay so."""
     redis, settings = private_redis
-    with line_to(redis) as line:
+    with proxying(redis) as line:
         line.delay = 0.07
-        settings = through(settings, redis, line)
+        settings = through(line, settings, redis)
         shop = open_shop(settings, settings)
         (order,) = shop.cached(1)
         hits = [
@@ -407,9 +402,9 @@ def test_a_fill_that_was_held_back_for_long_is_refused(
     monkeypatch.setattr(cache, "FILL", script)
 
     async def use(bench):
-        with line_to(stack.redis) as line:
+        with proxying(stack.redis) as line:
             slow, keeper = bench.process(
-                through(production, stack.redis, line).redis_url
+                through(line, production, stack.redis).redis_url
             )
             quick, other = bench.process()
             await keeper._round()
@@ -497,16 +492,15 @@ def test_a_full_pool_does_not_hide_anothers_change(production, stack):
     """The keeper's look does not wait for those who wait for a row."""
 
     async def use(bench):
-        with line_to(stack.redis) as line:
+        with proxying(stack.redis) as line:
             cut_off, keeper = bench.process(
-                through(production, stack.redis, line).redis_url
+                through(line, production, stack.redis).redis_url
             )
             busy, other = bench.process()
             bench.keep(keeper)
             bench.keep(other)
             orders = [await bench.order(busy) for _ in range(2)]
-            line.cut = True
-            line.hold()
+            line.hold(new=True)
             with psycopg.connect(production.database_url) as lock:
                 lock.execute(
                     "SELECT 1 FROM orders WHERE id = %s FOR UPDATE",
