@@ -25,7 +25,6 @@ BROKER_PASSWORD = "never-to-be-logged"
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 PYTHON = Path(sys.executable).parent
 PORTS = range(12_000, 32_000)  # below those that systems give away
-CLAIMS: list[socket.socket] = []
 COVERAGE = "COVERAGE_PROCESS_CONFIG"  # set while processes are measured
 
 
@@ -67,7 +66,7 @@ def free_port() -> int:
         except OSError:
             claim.close()
         else:
-            CLAIMS.append(claim)
+            claim.detach()  # it stays open
             return port
 
 

@@ -161,7 +161,7 @@ def said_at_start(folder, command, **env):
         env={**os.environ, **ports, "JWT_SECRET_KEY": SECRET, **env},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     # The parent of several workers ends without an error of its own.
     assert ended.returncode != 0 or "--workers" in command
