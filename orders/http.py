@@ -42,6 +42,10 @@ UNLIMITED |= {"/redoc", "/docs", "/docs/oauth2-redirect"}
 WITH_SLASH = {"/orders", "/register", "/token"}  # as documented; both serve
 MEDIA_TYPE = "application/problem+json"
 MAX_BODY = 64 * 1024  # bytes
+HINTS = {  # where the framework says no more than the status
+    404: "No such address: see /docs",
+    413: f"Send at most {MAX_BODY} bytes",
+}
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 # Count a call in the windows of the limits; a key that is new, or lost its
 # end, gets one.
@@ -177,8 +181,7 @@ class Frame:
         size = request.headers.get("content-length", "")
         # A body of unknown size passes here; the routes count it as it comes.
         too_large = size.isdecimal() and int(size[:9]) > MAX_BODY
-        detail = f"Send at most {MAX_BODY} bytes"
-        return problem(413, detail) if too_large else None
+        return problem(413, HINTS[413]) if too_large else None
 
 
 def problem(
@@ -212,7 +215,8 @@ async def answer_http(request: Request, error: HTTPException) -> Response:
         } or {"GET"}
         methods |= {"HEAD"} if "GET" in methods else set()
         headers = {"Allow": ", ".join(sorted(methods))}
-    return problem(error.status_code, error.detail, headers=headers)
+    detail = HINTS.get(error.status_code, error.detail)
+    return problem(error.status_code, detail, headers=headers)
 
 
 async def answer_invalid(request: Request, error: Any) -> Response:

@@ -769,7 +769,7 @@ def test_a_network_that_swallows_stops_nobody_for_long(
         assert time.monotonic() - swallowed_at < 45
 
         # What was swallowed may be the answer to the worker's commit.
-        journal.settle(worker, unsaid=THREADS)
+        journal.settle(worker, unsaid=BATCH)
         assert "The database is away" in worker.text()
         assert "The database is away" in api.text()
 
