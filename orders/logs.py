@@ -6,18 +6,29 @@ of the same parts. The request id follows a request through the process, and
 its order's event into the worker.
 """
 
-import json
 import logging
 import sys
 import time
 from asyncio import CancelledError
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from typing import Any
+
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
 
 REPORT_INTERVAL = 10  # seconds without a failure before the next is news
 PROBES = ("/health", "/ready")  # asked every few seconds, and not logged
-TEXT = "%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
+FORMS: dict[str, logging.Formatter] = {
+    "text": logging.Formatter(
+        "%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
+    ),
+    "json": JsonFormatter(
+        ["levelname", "name", "message", "request_id"],
+        rename_fields={"levelname": "level", "name": "logger"},
+        reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # of uvicorn
+        timestamp="time",
+    ),
+}
 # Who says less than the rest: what would repeat our own lines, or come at
 # each try to connect.
 LEVELS = {
@@ -41,26 +52,10 @@ def _is_shown(record: logging.LogRecord) -> bool:
     return record.name != "uvicorn.access" or arguments[2] not in PROBES
 
 
-class JsonFormatter(logging.Formatter):
-    """Write a record as one JSON object, its traceback in the message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the object."""
-        parts = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": super().format(record),
-            "request_id": request_id.get(),
-        }
-        return json.dumps(parts)
-
-
 def configure_logging(form: str) -> None:
     """Send all lines to standard output in one form, `text` or `json`."""
-    text = logging.Formatter(TEXT)
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonFormatter() if form == "json" else text)
+    handler.setFormatter(FORMS[form])
     handler.addFilter(_is_shown)
     logging.basicConfig(level="INFO", handlers=[handler], force=True)
     for name, level in LEVELS.items():
