@@ -46,14 +46,13 @@ def _fold(address: Any, check: Callable[[str], str]) -> str:
 
 
 Email = Annotated[EmailStr, WrapValidator(_fold), Field(max_length=MAX_EMAIL)]
-ADA = "ada@example.com"
 canonical_email = TypeAdapter[str](Email).validate_python
 
 
 class UserCreate(Schema):
     """A registration."""
 
-    model_config = example(email=ADA, password="correct horse")  # noqa: S106
+    model_config = example(email="ada@example.com", password="correct horse")  # noqa: S106
 
     email: Email
     password: str = Field(min_length=8, max_length=128)
@@ -62,7 +61,7 @@ class UserCreate(Schema):
 class UserPublic(SQLModel):
     """A user as the API shows it."""
 
-    model_config = example(id=1, email=ADA)
+    model_config = example(id=1, email="ada@example.com")
 
     id: int = Field(primary_key=True)
     email: str = Field(max_length=MAX_EMAIL, unique=True)
@@ -88,9 +87,8 @@ class Token(SQLModel):
     user_id: int = Field(description="Whose token it is; lists your orders")
 
 
-# Else glibc keeps the memory of a hash for good, in each thread: it takes what
-# was once freed to be wanted again. In bytes, its M_MMAP_THRESHOLD (larger is
-# given back at once) and M_TRIM_THRESHOLD (what it may keep for large pages).
+# Else glibc keeps the memory of a hash for good, in each thread. In bytes, its
+# M_MMAP_THRESHOLD (what is larger is given back at once), M_TRIM_THRESHOLD.
 with suppress(AttributeError, OSError, TypeError):  # another libc, or system
     for option, size in ((-3, 2**24), (-1, 2**25)):
         ctypes.CDLL(None).mallopt(option, size)
@@ -162,10 +160,6 @@ class Accounts:
             if 0 < user_id < 2**31 and time.time() < ends_at:
                 return user_id
         raise Refusal("unauthorized", headers=INVALID_TOKEN)
-
-    def close(self) -> None:
-        """End the threads once they are idle."""
-        self._threads.shutdown(wait=False)
 
     async def _hash(self, work: Callable[..., Any], *given: str) -> Any:
         """Do slow work in a thread, unless too much waits already."""

@@ -2,14 +2,12 @@
 
 Nothing is ever deleted. To invalidate is to write a tombstone, which reads as
 a miss and refuses to be filled; it is written before the commit, so that a
-crash after it leaves no old bytes, and again after it. Redis itself refuses a
-fill whose row was read longer ago than a tombstone surely lives.
+crash after it leaves no old bytes, and again after it.
 
 The cache is trusted for a second at a time: a keeper in each process extends
 it once Redis took the tombstone of every change, and a probe. While it is not
-trusted nobody waits for Redis. So hung, refused, slow, full, read-only and
-cut off are one case, and what a process could not tell Redis is told by the
-next keeper that can.
+trusted nobody waits for Redis: hung, refused, slow, full and read-only are one
+case. What a process could not tell Redis, the next keeper that can tells it.
 """
 
 import asyncio
@@ -42,7 +40,6 @@ MEMORY_SIZE = 32 * 1024 * 1024  # bytes of the embedded cache
 ENTRY_SIZE = 384  # bytes that an entry takes beside its value
 
 logger = logging.getLogger(__name__)
-Command = tuple[Any, ...]
 
 
 class OrderView(NamedTuple):
@@ -63,13 +60,9 @@ class OrderView(NamedTuple):
         )
         return cls(user_id, status, body.encode())
 
-    def encode(self) -> bytes:
-        """Return the bytes to cache: owner, status, body."""
-        return b"%d %s %s" % (self.user_id, self.status.encode(), self.body)
-
     @classmethod
     def decode(cls, cached: bytes) -> "OrderView | None":
-        """Undo `encode`; a tombstone, or what is no order, is a miss."""
+        """Read owner, status, body; a tombstone, or no order, is a miss."""
         try:
             user_id, status, body = cached.split(b" ", 2)
             return cls(int(user_id), OrderStatus(status.decode()), body)
@@ -143,7 +136,7 @@ class RedisCache:
         """Prepare; only the keeper connects."""
         pool: Any = ConnectionPool.from_url(url, socket_timeout=None)
         self._connection = pool.make_connection()
-        self._batch = Batch[Command, Any](self._trip)
+        self._batch = Batch[tuple[Any, ...], Any](self._trip)
         self._outage = Outage(logger, "Redis")
         self._run = ""  # the server's epoch; none without a connection
         self._clock = 0.0  # the server's less time.monotonic, never more
@@ -165,8 +158,12 @@ class RedisCache:
         if self.trusted:
             read = f"{read_at + self._clock:f}"  # by the server's clock
             keys = self._key(order_id), self._key("since")
-            command = "EVAL", FILL, 2, *keys, view.encode(), read
-            sent = self._batch.ask(command)
+            value = b"%d %s %s" % (
+                view.user_id,
+                view.status.encode(),
+                view.body,
+            )
+            sent = self._batch.ask(("EVAL", FILL, 2, *keys, value, read))
             sent.add_done_callback(lambda t: t.cancelled() or t.exception())
 
     async def invalidate(self, order_id: UUID) -> None:
@@ -229,7 +226,7 @@ class RedisCache:
         self._run, self._complete, self._trusted_until = "", False, 0.0
         await self._connection.disconnect(nowait=True)
 
-    async def _trip(self, commands: list[Command]) -> list[Any]:
+    async def _trip(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         """Make one round trip; a refusal is its command's own."""
         if not self._run:  # else it would connect, whatever epoch it is
             raise RedisAway

@@ -138,10 +138,9 @@ def _watch(engine: sa.Engine, deadline: float) -> None:
         """Note when the connection is cut."""
         _ends[used.driver_connection] = time.monotonic() + deadline
 
-    @event.listens_for(engine, "checkin")
-    def end(_: object, used: Any) -> None:
-        """Forget the connection."""
-        _ends.pop(used.driver_connection, None)
+    event.listen(
+        engine, "checkin", lambda _, it: _ends.pop(it.driver_connection, None)
+    )
 
     @event.listens_for(engine, "handle_error")
     def leave_read_only(context: sa.ExceptionContext) -> None:
@@ -157,10 +156,10 @@ def _cut_overdue() -> None:
     while True:
         time.sleep(0.1)
         now = time.monotonic()
-        for connection, end in list(_ends.items()):
-            if now >= end and _ends.pop(connection, None) is not None:
+        for used, end in list(_ends.items()):
+            if now >= end and _ends.pop(used, None) is not None:
                 with suppress(OSError, psycopg.OperationalError):
-                    duplicate = os.dup(connection.fileno())
+                    duplicate = os.dup(used.fileno())
                     with socket.socket(fileno=duplicate) as wire:
                         wire.shutdown(socket.SHUT_RDWR)
 
@@ -174,9 +173,8 @@ Trip = Callable[[list[Question]], Awaitable[Sequence[Answer | Exception]]]
 
 
 class Batch(Generic[Question, Answer]):
-    """Calls that share round trips: a queue, and one task that makes them.
+    """Calls that come while a trip is under way share the next one.
 
-    Calls that come while a trip is under way travel together in the next one.
     A first call travels at once, so a lone caller waits for nobody.
     """
 

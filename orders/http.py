@@ -1,11 +1,9 @@
 """Wrap every call: its id, its client's budget, and errors as answers.
 
-The rate limit is one budget over the whole API, counted for refused calls
-too, and shared by all processes through Redis; while that is not trusted each
-process counts in memory. Syntax, address and that counter are slowapi's.
-
-Every error is a problem of RFC 9457. None repeats what the client sent: it
-may be a password, or text that no answer can hold.
+The rate limit is one budget over the whole API, counted for refused calls too,
+and shared through Redis; while that is not trusted each process counts alone.
+Every error is a problem of RFC 9457. None repeats what the client sent: it may
+be a password, or text that no answer can hold.
 """
 
 import logging
@@ -268,10 +266,9 @@ class Problem(sqlmodel.SQLModel):
 
 def router(tag: str, *statuses: int, **options: Any) -> APIRouter:
     """Return a router whose routes may answer with these problems."""
-    content = {
-        MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}
-    }
-    options["responses"] = {it: {"content": content} for it in statuses}
+    schema = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    said = {"content": {MEDIA_TYPE: schema}}
+    options["responses"] = dict.fromkeys(statuses, said)
     options = {"max_body_size": MAX_BODY} | options
     # So that a generated client's methods are called as the functions.
     options["generate_unique_id_function"] = lambda route: route.name

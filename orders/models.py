@@ -7,7 +7,7 @@ validate, so what a client sends is checked in its Create schema.
 
 import math
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Self
@@ -19,6 +19,8 @@ from pydantic import AfterValidator, AllowInfNan, Strict, model_validator
 from sqlmodel import Field, SQLModel
 
 from orders.db import JsonText
+
+PROCESS_DELAY = timedelta(seconds=2)  # from an order to its processing
 
 
 def now() -> datetime:
@@ -133,6 +135,7 @@ class OrderItem(Schema):
 
 TEA = [{"name": "tea", "quantity": 3, "price": 4.5}]  # of OpenAPI's examples
 MOMENT = "2026-11-23T11:08:45.156771Z"
+SAMPLE = {"user_id": 1, "items": TEA, "total_price": 13.5, "status": "PENDING"}
 
 
 class OrderCreate(Schema):
@@ -169,28 +172,8 @@ NEWEST = ("user_id", "created_at", "id")
 NEWEST_BY_STATUS = ("user_id", "status", "created_at", "id")
 
 
-class OrderPublic(SQLModel):
-    """An order as the API shows it; `OrderView.of` writes it."""
-
-    model_config = example(
-        id="96d7d433-c31f-458f-80e0-2ca062dff923",
-        user_id=1,
-        items=TEA,
-        total_price=13.5,
-        status="PENDING",
-        created_at=MOMENT,
-    )
-
-    id: UUID = Field(primary_key=True)
-    user_id: int = Field(foreign_key="users.id")
-    items: list[OrderItem] = Field(sa_type=JsonText)
-    total_price: float
-    status: OrderStatus = Field(sa_type=STATUS)
-    created_at: datetime
-
-
-class Order(OrderPublic, table=True):
-    """An order as it is kept: the same; only its status ever changes."""
+class Order(SQLModel, table=True):
+    """An order, as it is kept and shown; only its status ever changes."""
 
     __tablename__ = "orders"
     __table_args__ = (
@@ -200,6 +183,17 @@ class Order(OrderPublic, table=True):
         sa.Index(f"orders_{'_'.join(NEWEST)}", *NEWEST),
         sa.Index(f"orders_{'_'.join(NEWEST_BY_STATUS)}", *NEWEST_BY_STATUS),
     )
+
+    model_config = example(
+        id="96d7d433-c31f-458f-80e0-2ca062dff923", created_at=MOMENT, **SAMPLE
+    )
+
+    id: UUID = Field(primary_key=True)
+    user_id: int = Field(foreign_key="users.id")
+    items: list[OrderItem] = Field(sa_type=JsonText)
+    total_price: float
+    status: OrderStatus = Field(sa_type=STATUS)
+    created_at: datetime
 
 
 class StatusChange(Schema):
@@ -226,10 +220,7 @@ class EventPublic(SQLModel):
     """An event of an order's history as the API shows it."""
 
     model_config = example(
-        kind="status_changed",
-        payload={"status": "PAID", "request_id": "my-request-7"},
-        created_at=MOMENT,
-        processed_at=None,
+        kind="new_order", payload={}, created_at=MOMENT, processed_at=None
     )
 
     kind: EventKind = Field(sa_type=KIND)

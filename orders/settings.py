@@ -1,9 +1,8 @@
 """Read the configuration once, and refuse a senseless one at the start.
 
-This is the only module that looks at the environment. A value comes from the
-environment, then from `.env`, then from its default; empty counts as unset.
-Three URLs are the mode: a part of the service is embedded in the process
-while its URL is unset.
+Only this module looks at the environment. A value comes from there, then from
+`.env`, then from its default; empty counts as unset. Three URLs are the mode:
+a part of the service runs in the process while its URL is unset.
 """
 
 import os

@@ -23,7 +23,7 @@ from orders_client.api.orders import (
     change_order_status, create_order, get_order, list_orders)
 from orders_client.api.users import login, register
 from orders_client.models import (
-    BodyLogin, OrderCreate, OrderItem, OrderPublic, OrderStatus, Problem,
+    BodyLogin, Order, OrderCreate, OrderItem, OrderStatus, Problem,
     StatusChange, Token, UserCreate, UserPublic)
 
 api = Client(base_url=sys.argv[2])
@@ -42,7 +42,7 @@ change_order_status.sync(
 assert get_order.sync(order.id, client=me).status is OrderStatus.PAID
 assert [o.id for o in list_orders.sync(token.user_id, client=me)] == [order.id]
 assert isinstance(user, UserPublic) and isinstance(token, Token)
-assert isinstance(order, OrderPublic)
+assert isinstance(order, Order)
 
 again = change_order_status.sync(
     order.id, client=me, body=StatusChange(status=OrderStatus.PAID))

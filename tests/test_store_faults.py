@@ -513,7 +513,6 @@ def test_creates_that_repeat_each_others_keys_do_not_deadlock(production):
         accounts = Accounts(databases[0], production)
         draft = UserCreate(email="ada@example.com", password="long enough")
         user = (await accounts.register(draft)).id
-        accounts.close()
         services = [OrderService(each, MemoryCache()) for each in databases]
         async with databases[0].engine.begin() as connection:
             for statement in SLOW_INSERTS:

@@ -334,7 +334,6 @@ class Bench:
         draft = UserCreate(email="ada@example.com", password="long enough")
         accounts = Accounts(self.main, self.settings)
         self.user = (await accounts.register(draft)).id
-        accounts.close()
         return self
 
     async def __aexit__(self, *_):
