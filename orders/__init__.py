@@ -8,9 +8,9 @@ db        engines, sessions, and calls that share round trips
 models    orders and events: tables, schemas, the state machine, errors
 auth      users: their table, passwords, tokens
 cache     the order cache: Redis, or in memory
-events    the outbox: its relay, and the keeper of the cache
 broker    the relay's way to RabbitMQ
-service   the use cases: create, get, list, change status, process
+events    the outbox: its relay, its processing, the keeper of the cache
+service   the use cases: create, get, list, change status
 http      around every call: ids, limits, errors as answers
 tasks     the Celery app and its one task
 api       routes and the app, where everything is wired

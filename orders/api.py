@@ -24,15 +24,14 @@ from starlette.routing import Route
 from orders import auth, db, http, models
 from orders.broker import Publisher
 from orders.cache import MemoryCache, OrderView, RedisCache
-from orders.events import Destination, Keeper, Relay
+from orders.events import Keeper, Relay
 from orders.logs import PROBES, configure_logging
-from orders.models import OrderPublic, OrderStatus
-from orders.service import LocalWorker, OrderService
+from orders.models import Order, OrderStatus
+from orders.service import OrderService
 from orders.settings import Settings, load_settings
 
-STOP_TIMEOUT = 1.5  # seconds that the relay gets to finish
-READY_TIMEOUT = 1  # seconds that /ready waits for the database
-FORM = 1  # of OrderPublic; another form, another ETag
+STOP_TIMEOUT = 1.5  # seconds that the relay, and the keeper, get to finish
+FORM = 1  # of Order; another form, another ETag
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +43,8 @@ class Parts:
         """Choose each part by its URL."""
         url, redis = settings.database_url, settings.redis_url
         engine = db.create_sync_engine(url, db.WORKER_DEADLINE)
-        worker: Destination = LocalWorker(engine)
-        if settings.rabbitmq_url:
-            worker = Publisher(settings.rabbitmq_url)
+        broker = settings.rabbitmq_url
+        publisher = Publisher(broker) if broker else None
         self.settings = settings
         self.database = db.Database(url)
         shared = RedisCache(redis) if redis else None
@@ -54,7 +52,7 @@ class Parts:
         self.limiter = http.RateLimiter(settings.rate_limit, shared)
         self.accounts = auth.Accounts(self.database, settings)
         self.orders = OrderService(self.database, self.cache)
-        self.relay = Relay(engine, worker, self.database.outage)
+        self.relay = Relay(engine, publisher, self.database.outage)
 
 
 async def parts_of(request: Request) -> Parts:
@@ -134,7 +132,7 @@ async def login(
     return await parts.accounts.log_in(form.username, form.password)
 
 
-@own.post("/", status_code=201, response_model=OrderPublic)
+@own.post("/", status_code=201, response_model=Order)
 async def create_order(
     draft: models.OrderCreate,
     user_id: UserId,
@@ -148,7 +146,7 @@ async def create_order(
     return answer_order(view, 201, headers)
 
 
-@quick.get("/{order_id}", response_model=OrderPublic, responses={304: {}})
+@quick.get("/{order_id}", response_model=Order, responses={304: {}})
 async def get_order(
     order_id: OrderId,
     user_id: UserId,
@@ -163,7 +161,7 @@ async def get_order(
     return answer_order(view, status, {"X-Cache": "hit" if hit else "miss"})
 
 
-@own.patch("/{order_id}", response_model=OrderPublic)
+@own.patch("/{order_id}", response_model=Order)
 async def change_order_status(
     order_id: OrderId,
     change: models.StatusChange,
@@ -179,7 +177,7 @@ async def change_order_status(
     return answer_order(view, 200, {})
 
 
-@own.get("/user/{user_id}", response_model=list[OrderPublic])
+@own.get("/user/{user_id}", response_model=list[Order])
 async def list_orders(
     user_id: IdOfUser,
     caller_id: UserId,
@@ -221,7 +219,7 @@ async def get_readiness(parts: PartsDep, response: Response) -> dict[str, str]:
     cache, relay = parts.cache, parts.relay
     ping = asyncio.gather(parts.database.ping(), return_exceptions=True)
     # Not wait_for: to cancel a query of a hung database takes its time too.
-    await asyncio.wait({ping}, timeout=READY_TIMEOUT)
+    await asyncio.wait({ping}, timeout=1)
     away = not ping.done() or any(ping.result())
     response.status_code = 503 if away else 200
     trust = "trusted" if cache.trusted else "untrusted"
@@ -265,12 +263,14 @@ Errors are problems (RFC 9457) whose `type` ends in their kind:
 async def running(parts: Parts) -> AsyncIterator[dict[str, Any]]:
     """Run what brings events on, and take all down again."""
     parts.relay.start()
-    keeper = asyncio.create_task(Keeper(parts.database, parts.cache).run())
+    keeper = Keeper(parts.database, parts.cache)
+    rounds = asyncio.create_task(keeper.run())
     gc.freeze()  # search no garbage in what stays
     yield {"parts": parts}
-    keeper.cancel()
+    rounds.cancel()
+    if keeper.look is not None:  # its driver needs the loop
+        await asyncio.wait({keeper.look}, timeout=STOP_TIMEOUT)
     await asyncio.to_thread(parts.relay.end, STOP_TIMEOUT)
-    parts.accounts.close()
     await parts.cache.close()
     await parts.database.close()
 
@@ -308,9 +308,7 @@ def create_app(settings: Settings) -> FastAPI:
     # uvicorn numbers its processes, and each makes an app: said once.
     second = multiprocessing.current_process().name == "SpawnProcess-2"
     if second and not settings.redis_url:
-        logger.warning(
-            "Without REDIS_URL each process caches and counts alone"
-        )
+        logger.warning("Without REDIS_URL each process counts by itself")
     if settings.forwarded_allow_ips == "*":
         logger.warning("FORWARDED_ALLOW_IPS=*: a client can pretend to be any")
     return app

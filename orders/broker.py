@@ -8,14 +8,15 @@ fails closes the connection, as a channel that refused once may go on so.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
 
 import pika
 from pika.exceptions import AMQPError
 from pika.spec import Basic
 
-from orders.events import PROCESS_DELAY, Destination, DueEvent
-from orders.models import now
+from orders.models import PROCESS_DELAY, now
 
 TASK = "orders.process_order"
 DELAY_QUEUE = "orders.delay"  # a message waits here until its order is due
@@ -42,11 +43,18 @@ QUEUE_ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Publisher(Destination):
-    """The relay's way to RabbitMQ."""
+class DueEvent(NamedTuple):
+    """A claimed event; the columns that the claim returns."""
 
-    name = "RabbitMQ"
-    lead = PROCESS_DELAY  # the delay queue keeps what is not yet due
+    created_at: datetime  # first: it sorts them
+    id: UUID
+    order_id: UUID
+    payload: dict[str, Any]
+    attempts: int  # this one included
+
+
+class Publisher:
+    """The relay's way to RabbitMQ; ConnectionError if that is away."""
 
     def __init__(self, url: str) -> None:
         """Prepare; the first round of the relay connects."""

@@ -2,13 +2,10 @@
 
 An event is due while it is not processed and its `due_at` is reached. The
 relay claims due events by pushing `due_at` into the future: a lease. Whatever
-then goes wrong (a purged queue, a wiped broker, a relay killed before the
-commit) the lease runs out and the event is due again. That is no proof that
-its message is lost: it may wait. So what was delivered before is delivered
-again only while the queues are empty, or copies would feed an overload.
-
-New orders go to the worker, by a thread; changes of status to the cache, by
-the keeper.
+then goes wrong (a purged queue, a wiped broker, a relay killed) the lease runs
+out and the event is due again. Its message may still wait, though: so what was
+delivered before is delivered again only while the queues are empty, or copies
+would feed an overload. Changes of status go to the cache, by the keeper.
 """
 
 import asyncio
@@ -17,26 +14,25 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from opentelemetry import metrics
 
+from orders.broker import DueEvent, Publisher
 from orders.cache import OrderCache, RedisAway
 from orders.db import Database, is_outage
-from orders.logs import Outage
-from orders.models import EVENTS, EventKind, now
+from orders.logs import Outage, request_id
+from orders.models import EVENTS, PROCESS_DELAY, EventKind, now
 
-PROCESS_DELAY = timedelta(seconds=2)  # from an order to its processing
 POLL_INTERVAL = 0.25  # seconds; of the relay and the keeper
 BATCH = 500  # events
 MANY = 2**31 - 1  # attempts; the largest integer of PostgreSQL
-LEASE = 30  # seconds
+LEASE = timedelta(seconds=30)
 SWEEP_INTERVAL = 5.0  # seconds between two looks for leases that ran out
-# Finished events stay in the index while an old snapshot is open: a look
-# begins at what was due a while ago, which is longer than clocks differ and
-# transactions last. Only a sweep looks at all.
+# Finished events stay in the index while an old snapshot is open: only a sweep
+# looks at what was due longer ago than clocks differ and transactions last.
 LOOK_BACK = timedelta(minutes=1)
 ALWAYS = datetime(1, 1, 1, tzinfo=UTC)
 LOOK_TIMEOUT = 0.5  # seconds that the keeper waits for the database
@@ -44,34 +40,6 @@ ANSWER_AGE = 1.5  # seconds since the broker's last answer in which it is ok
 
 logger = logging.getLogger(__name__)
 lag = metrics.get_meter("orders").create_histogram("orders.outbox.lag", "s")
-
-
-class DueEvent(NamedTuple):
-    """A claimed event; the columns that the claim returns."""
-
-    created_at: datetime  # first: it sorts them
-    id: UUID
-    order_id: UUID
-    payload: dict[str, Any]
-    attempts: int  # this one included
-
-
-class Destination:
-    """Where new orders go; this much of it holds when nothing is between."""
-
-    name: str  # for the log
-    lead = timedelta(0)  # how long before they are due
-
-    def is_idle(self) -> bool:
-        """Return whether nothing waits there; ConnectionError: it is away."""
-        return True
-
-    def deliver(self, events: Sequence[DueEvent]) -> None:
-        """Deliver the events; raise if it may be that not all arrived."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Close what is open."""
 
 
 NOT_DONE = EVENTS.c.processed_at.is_(None)
@@ -96,20 +64,41 @@ CLAIM = (
 )
 
 
-class Relay(threading.Thread):
-    """Bring new orders to their destination, in a thread of its own.
+# The condition makes the effect happen once, however often an event arrives.
+PROCESS = (
+    EVENTS.update()
+    .where(EVENTS.c.id.in_(sa.bindparam("ids", expanding=True)))
+    .where(EVENTS.c.kind == EventKind.NEW_ORDER, NOT_DONE)
+    .values(processed_at=sa.bindparam("moment"))
+    .returning(EVENTS.c.id, EVENTS.c.order_id)
+)
 
-    It is a daemon: a hung broker cannot hold the process.
-    """
+
+def process_orders(engine: sa.Engine, requests: dict[UUID, str]) -> None:
+    """Process new orders, by their events and the requests that made them."""
+    # The worker and the embedded mode both end here.
+    done = {"ids": [*requests], "moment": now()}
+    with engine.begin() as connection:
+        processed = connection.execute(PROCESS, done).all()
+    for event_id, order_id in processed:
+        request_id.set(requests[event_id])
+        logger.info("Order %s processed", order_id)
+    request_id.set("-")
+
+
+class Relay(threading.Thread):
+    """Bring new orders to the broker; without one, process them itself."""
 
     def __init__(
-        self, engine: sa.Engine, destination: Destination, outage: Outage
+        self, engine: sa.Engine, publisher: Publisher | None, outage: Outage
     ) -> None:
         """Take the outbox, and who says that the database is away."""
+        # A daemon: a hung broker cannot hold the process.
         super().__init__(name="relay", daemon=True)
-        self._engine, self._destination = engine, destination
+        self._engine, self._publisher = engine, publisher
         self._database_outage = outage
-        self._outage = Outage(logger, destination.name)
+        what = "RabbitMQ" if publisher else "The embedded worker"
+        self._outage = Outage(logger, what)
         self._ended = threading.Event()
         self._answered_at = 0.0  # of time.monotonic
         self._since = ALWAYS  # all that was due before is claimed
@@ -117,7 +106,7 @@ class Relay(threading.Thread):
 
     @property
     def answers(self) -> bool:
-        """Return whether the destination answered, and took all, just now."""
+        """Return whether the broker answered, and took all, just now."""
         return time.monotonic() < self._answered_at + ANSWER_AGE
 
     def end(self, timeout: float) -> None:
@@ -127,39 +116,41 @@ class Relay(threading.Thread):
 
     def run(self) -> None:
         """Relay batch after batch, until it ends."""
-        failed = False
+        well = 1  # rounds; two are proof, as a full queue takes some at times
         while not self._ended.is_set():
-            relayed, failed_before, began = 0, failed, time.monotonic()
+            relayed, began = 0, time.monotonic()
             try:
-                relayed, failed = self._round(), False
+                relayed = self._round()
+                well += 1
             except Exception as error:  # a relay that dies loses every order
-                failed = not is_outage(error)
-                if failed:
+                if is_outage(error):
+                    self._database_outage.report(error)
+                else:
+                    well = 0
                     fault = not isinstance(error, ConnectionError)
                     self._outage.report(error, fault=fault)
-                else:
-                    self._database_outage.report(error)
-            # Twice, as a full queue takes some now and then.
-            well = not failed and not failed_before
-            self._answered_at = began if well else 0.0
-            if well:
+            self._answered_at = began if well > 1 else 0.0
+            if well > 1:
                 self._outage.end()
             if relayed < BATCH:
                 self._ended.wait(POLL_INTERVAL)
-        self._destination.close()
+        if self._publisher:
+            self._publisher.close()
         self._engine.dispose()
 
     def _round(self) -> int:
         """Claim and deliver a batch; return its size."""
-        idle = self._destination.is_idle()
-        moment, attempts = now(), 0
+        until, idle = now(), True
+        if self._publisher:
+            until += PROCESS_DELAY  # the delay queue keeps what is not yet due
+            idle = self._publisher.is_idle()
+        attempts = 0
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_INTERVAL
             self._since = ALWAYS
             attempts = MANY if idle else 0
-        until = moment + self._destination.lead
         due = {"since": self._since, "til": until, "attempts": attempts}
-        due["lease"] = moment + timedelta(seconds=LEASE)
+        due["lease"] = now() + LEASE
         with self._engine.begin() as connection:
             rows = connection.execute(CLAIM, due).all()
         self._database_outage.end()
@@ -168,8 +159,7 @@ class Relay(threading.Thread):
             self._since = until - LOOK_BACK
         if again := [event for event in events if event.attempts > 1]:
             logger.warning(
-                "%d events were not processed in time, and are delivered"
-                " again; one is of order %s, delivery %d",
+                "%d were not processed in time: of order %s, delivery %d",
                 *(len(again), again[0].order_id, again[0].attempts),
             )
         if events:
@@ -179,7 +169,11 @@ class Relay(threading.Thread):
     def _deliver(self, events: list[DueEvent]) -> None:
         """Deliver the events; when that fails, they are due at once."""
         try:
-            self._destination.deliver(events)
+            if self._publisher:
+                self._publisher.deliver(events)
+            else:
+                made_by = {e.id: e.payload["request_id"] for e in events}
+                process_orders(self._engine, made_by)
         except Exception:
             these = EVENTS.c.id.in_([event.id for event in events])
             release = EVENTS.update().where(these, NOT_DONE)
@@ -192,17 +186,13 @@ class Relay(threading.Thread):
 
 
 class Keeper:
-    """Bring changes of status to the cache, and extend the trust in it.
-
-    A database that is away does not end the trust: nobody's change is
-    acknowledged meanwhile, and cached reads go on.
-    """
+    """Bring changes of status to the cache, and extend the trust in it."""
 
     def __init__(self, database: Database, cache: OrderCache) -> None:
         """Take the outbox, and the cache."""
         self._database, self._cache = database, cache
         self._invalidated: list[UUID] = []  # events; marked by the next look
-        self._look: asyncio.Task[Sequence[Any] | None] | None = None
+        self.look: asyncio.Task[Sequence[Any] | None] | None = None
         self._look_began = 0.0  # of time.monotonic
         self._away = False  # the database, when a look ended last
         self._outage = Outage(logger, "The keeper of the cache")
@@ -225,17 +215,19 @@ class Keeper:
     async def _round(self) -> bool:
         """Tell the cache what changed; return whether there is more."""
         began = time.monotonic()
-        if self._look is None:
+        if self.look is None:
             self._look_began = began
-            self._look = asyncio.create_task(self._read_changes())
+            self.look = asyncio.create_task(self._read_changes())
         # Not wait_for: to cancel a query of a hung database takes its time.
-        await asyncio.wait({self._look}, timeout=LOOK_TIMEOUT)
+        await asyncio.wait({self.look}, timeout=LOOK_TIMEOUT)
         changes = None
-        if self._look.done():
-            look, self._look = self._look, None
+        if self.look.done():
+            look, self.look = self.look, None
             changes = look.result()
             self._away = changes is None
-        if not self._away:  # a late look proves what was when it began
+        # Nobody's change is acknowledged while the database is away, so that
+        # the trust goes on. A late look proves what was when it began.
+        if not self._away:
             began = self._look_began
         found = changes or ()
         if more := len(found) == BATCH:

@@ -1,8 +1,8 @@
-"""The use cases of an order: create, read, list, change, process.
+"""The use cases of an order: create, read, list, change its status.
 
-Each commits once, last. Creating an order or changing its status writes an
-event in the same transaction, so that what was acknowledged is never lost.
-Creates that come together share a transaction, and reads a query.
+Creating an order or changing its status writes an event in the same
+transaction, so that what was acknowledged is never lost. Creates that come
+together share a transaction, and reads a query.
 """
 
 import json
@@ -21,7 +21,6 @@ from orders import models
 from orders.auth import INVALID_TOKEN
 from orders.cache import OrderCache, OrderView
 from orders.db import Batch, Database
-from orders.events import NOT_DONE, PROCESS_DELAY, Destination, DueEvent
 from orders.logs import request_id
 from orders.models import EVENTS, ORDERS, OrderCreate, OrderStatus, Refusal
 
@@ -34,14 +33,6 @@ PLACE = ORDERS.c.created_at, ORDERS.c.id  # of an order in the list
 CREATE = insert(ORDERS).on_conflict_do_nothing().returning(ORDERS.c.id)
 READ = ORDERS.select().where(
     ORDERS.c.id.in_(sa.bindparam("ids", expanding=True))
-)
-# The condition makes the effect happen once, however often an event arrives.
-PROCESS = (
-    EVENTS.update()
-    .where(EVENTS.c.id.in_(sa.bindparam("ids", expanding=True)))
-    .where(EVENTS.c.kind == models.EventKind.NEW_ORDER, NOT_DONE)
-    .values(processed_at=sa.bindparam("moment"))
-    .returning(EVENTS.c.id, EVENTS.c.order_id)
 )
 
 logger = logging.getLogger(__name__)
@@ -64,10 +55,9 @@ class OrderService:
         """Keep a new order; return its id, it, and if it was there before."""
         # With an idempotency key, the same draft yields the same order again;
         # another draft under the same key is refused.
+        name = f"{user_id}:{key}"
         order: Row = {  # in the order of the table's columns
-            "id": uuid.uuid5(KEY_NAMESPACE, f"{user_id}:{key}")
-            if key
-            else uuid.uuid4(),
+            "id": uuid.uuid5(KEY_NAMESPACE, name) if key else uuid.uuid4(),
             "user_id": user_id,
             "items": models.ITEMS.dump_json(draft.items).decode(),
             "total_price": draft.total(),
@@ -75,7 +65,7 @@ class OrderService:
             "created_at": models.now(),
         }
         event = _event(order["id"], models.EventKind.NEW_ORDER)
-        event["due_at"] += PROCESS_DELAY
+        event["due_at"] += models.PROCESS_DELAY
         if await self._creates.ask((order, event)):
             logger.info("Order %s created", order["id"])
             return order["id"], OrderView.of(order.values()), False
@@ -198,33 +188,6 @@ class OrderService:
         return [rows.get(order_id) for order_id in order_ids]
 
 
-def process_orders(engine: sa.Engine, requests: dict[UUID, Any]) -> None:
-    """Process new orders, by their events and the requests that made them."""
-    # The worker and the embedded mode both end here.
-    done = {"ids": [*requests], "moment": models.now()}
-    with engine.begin() as connection:
-        processed = connection.execute(PROCESS, done).all()
-    for event_id, order_id in processed:
-        request_id.set(requests[event_id])
-        logger.info("Order %s processed", order_id)
-    request_id.set("-")
-
-
-class LocalWorker(Destination):
-    """The embedded worker: orders are processed in the relay's thread."""
-
-    name = "The embedded worker"
-
-    def __init__(self, engine: sa.Engine) -> None:
-        """Take where the orders are."""
-        self._engine = engine
-
-    def deliver(self, events: Sequence[DueEvent]) -> None:
-        """Process the events, all at once."""
-        requests = {it.id: it.payload.get("request_id", "-") for it in events}
-        process_orders(self._engine, requests)
-
-
 def _own(order: Any, user_id: int) -> Any:
     """Return an order if it is the caller's; the only place that checks."""
     if order is None or order.user_id != user_id:
@@ -236,10 +199,9 @@ def _explain(old: OrderStatus, new: OrderStatus, expected: Any) -> Refusal:
     """Return what kept an order from becoming `new`."""
     if expected is not None and old not in expected:
         return Refusal("precondition-failed")
-    allowed = sorted(models.TRANSITIONS[old])
-    next_ones = " or ".join(allowed) or "nothing more"
-    detail = f"An order that is {old} cannot become {new}: next is {next_ones}"
-    kind = "transition-forbidden"
+    kind, allowed = "transition-forbidden", sorted(models.TRANSITIONS[old])
+    detail = f"An order that is {old} cannot become {new}: next is "
+    detail += " or ".join(allowed) or "nothing more"
     return Refusal(kind, detail, current=old, allowed=allowed)
 
 

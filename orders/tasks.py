@@ -1,9 +1,8 @@
 """The Celery worker: processes each order when its message arrives.
 
-The API publishes with pika, in Celery's own protocol, so a stock worker reads
-it; the broker delays the message. The settings here lose nothing when the
-worker, the broker or the database is killed, and a malformed message ends in
-the dead-letter queue.
+The API publishes with pika, in Celery's own protocol; the broker delays the
+message. Nothing is lost when the worker, the broker or the database is killed,
+and a malformed message ends in the dead-letter queue.
 """
 
 import logging
@@ -26,7 +25,7 @@ from kombu import Exchange, Message, Queue
 from kombu.transport.pyamqp import Transport
 
 from orders import broker, db, logs
-from orders.service import process_orders
+from orders.events import process_orders
 from orders.settings import load_settings, refuse_to_start
 
 PREFETCH = 128  # messages; few, as the relay counts what is queued
@@ -38,25 +37,23 @@ logger = logging.getLogger(__name__)
 
 settings = load_settings(secret=False)
 if settings.rabbitmq_url is None:
-    mend = "without a broker the API processes the orders itself"
-    refuse_to_start(f"RABBITMQ_URL is not set: a worker needs it; {mend}")
+    refuse_to_start("RABBITMQ_URL is not set: a worker needs a broker")
 engine = db.create_sync_engine(settings.database_url, db.WORKER_DEADLINE)
 engine = engine.execution_options(**db.AUTOCOMMIT)
 database_outage = logs.Outage(logger, "The database")
 broker_outage = logs.Outage(logger, "RabbitMQ")
 waiting: deque[Message] = deque()  # to be processed
 
-queue = Queue(broker.QUEUE, Exchange(""), broker.QUEUE)
-queue.queue_arguments = broker.QUEUE_ARGUMENTS[broker.QUEUE]
+# Declared as the publisher declares them.
+queue, dead_letters = (
+    Queue(it, Exchange(""), it, queue_arguments=broker.QUEUE_ARGUMENTS[it])
+    for it in (broker.QUEUE, broker.DEAD_LETTERS)
+)
 app = Celery("orders", broker=settings.rabbitmq_url)
 app.conf.update(
     broker_heartbeat=broker.BROKER_TIMEOUT,
-    task_acks_late=True,
-    task_acks_on_failure_or_timeout=False,
     task_default_queue=broker.QUEUE,
-    task_ignore_result=True,
     task_queues=[queue],
-    task_reject_on_worker_lost=True,
     worker_cancel_long_running_tasks_on_connection_loss=True,
     worker_concurrency=1,
     worker_consumer=f"{__name__}:StrictConsumer",
@@ -86,7 +83,9 @@ def look_alive(**_: object) -> None:
 
 look_alive()  # before anything that may wait
 # At each reconnect it says that the lost connection cannot be cleaned up.
-logging.getLogger("celery.worker.loops").addFilter(lambda _: False)
+logging.getLogger("celery.worker.loops").addFilter(
+    lambda record: not record.getMessage().startswith("Error cleaning up")
+)
 # Celery's own delay, which is not used, would declare 28 queues.
 unused: Any = DelayedDelivery
 unused.include_if = lambda *_: False
@@ -95,11 +94,10 @@ Transport.recoverable_connection_errors += (AccessRefused,)
 
 
 class StrictConsumer(Consumer):
-    """Celery's consumer, with malformed messages dead-lettered.
+    """Celery's consumer, with malformed messages dead-lettered."""
 
-    A stock worker dies of a message whose task is a list or which lacks an
-    id (celery#7975, #4308, #5204), and again after each restart.
-    """
+    # A stock worker dies of a message whose task is a list or which lacks an
+    # id (celery#7975, #4308, #5204), and again after each restart.
 
     def ensure_connected(self, conn: Any) -> Any:
         """Connect soon after the broker's return, and look alive."""
@@ -115,23 +113,25 @@ class StrictConsumer(Consumer):
             interval_max=4,
             callback=wait,
         )
+        dead_letters.bind(conn.default_channel).declare()
         broker_outage.end()
         return conn
 
-    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
-        """Return Celery's handler behind a check of the message."""
-        handle = super().create_task_handler(*args, **kwargs)
+    def create_task_handler(self, *_: Any, **__: Any) -> Any:
+        """Return what takes each message: Celery's own costs more than it."""
 
-        def handle_checked(message: Message) -> None:
-            """Give Celery a message, unless it is malformed."""
+        def receive(message: Message) -> None:
+            """Let a message wait for the next trip, unless it is malformed."""
             try:
                 check_message(message)
             except Exception as error:  # it raises whatever its parts raise
                 self.on_decode_error(message, error)
-            else:
-                handle(message)
+                return
+            waiting.append(message)
+            if len(waiting) == 1:  # the first calls who takes all
+                self.pool.apply_async(process_new_orders, callback=str)
 
-        return handle_checked
+        return receive
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Reject a malformed message: Celery would acknowledge it."""
@@ -166,51 +166,29 @@ def check_message(message: Message) -> None:
         UUID(each)
 
 
-def share(_: object, __: object, consumer: Any) -> Any:
-    """Let a task's messages share round trips: a strategy of Celery's.
-
-    Its own spends more on a message than the order takes.
-    """
-
-    def receive(message: Message, *_: object) -> None:
-        """Let a message wait; the first calls who takes all."""
-        waiting.append(message)
-        if len(waiting) == 1:
-            consumer.pool.apply_async(settle_waiting, callback=str)
-
-    return receive
-
-
-def settle_waiting() -> None:
-    """Process what waits, trip after trip; acknowledge what is processed."""
+@app.task(name=broker.TASK)
+def process_new_orders() -> None:
+    """Process the orders that wait, trip after trip; wait in an outage."""
     size = BATCH
     while waiting and state.should_stop is None:
         messages = [waiting[n] for n in range(min(size, len(waiting)))]
+        settle: Any = Message.ack
         try:
-            process_new_orders(messages)
+            calls = [message.payload[1] for message in messages]
+            requests = {UUID(it["event_id"]): it["request_id"] for it in calls}
+            process_orders(engine, requests)
             database_outage.end()
-            with suppress(OSError, AMQPError):  # else they come again
-                for message in messages:
-                    message.ack()
         except Exception as error:
             if db.is_outage(error):
                 database_outage.report(error)
                 time.sleep(RETRY_PAUSE)
                 continue
-            if len(messages) > 1:  # one is bad: it must fail alone
-                size = 1
+            if len(messages) > 1:
+                size = 1  # who is bad must fail alone
                 continue
-            size = BATCH
             logger.exception("Rejected a message that failed")
-            with suppress(OSError, AMQPError):
-                messages[0].reject()
-        for _ in messages:
+            settle, size = Message.reject, BATCH
+        for message in messages:
             waiting.popleft()
-
-
-@app.task(name=broker.TASK, Strategy=f"{__name__}:share")
-def process_new_orders(messages: list[Message]) -> None:
-    """Process the orders of all messages in one round trip."""
-    calls = [message.payload[1] for message in messages]
-    requests = {UUID(it["event_id"]): it["request_id"] for it in calls}
-    process_orders(engine, requests)
+            with suppress(OSError, AMQPError):  # else it comes again
+                settle(message)

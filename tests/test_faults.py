@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
@@ -533,7 +534,7 @@ def relaying(monkeypatch):
     with contextlib.ExitStack() as stack:
 
         def start(settings, *, lease=3, sweep=0.2):
-            monkeypatch.setattr(events, "LEASE", lease)
+            monkeypatch.setattr(events, "LEASE", timedelta(seconds=lease))
             monkeypatch.setattr(events, "SWEEP_INTERVAL", sweep)
             engine = create_sync_engine(settings.database_url, deadline=15)
             stack.callback(engine.dispose)
