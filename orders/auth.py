@@ -30,8 +30,7 @@ from orders.settings import Settings
 
 MAX_EMAIL = 254  # characters; RFC 5321, section 4.5.3.1.3
 NO_STORE = {"Cache-Control": "no-store"}  # RFC 6749, section 5.1
-# RFC 6750, section 3:
-BEARER = {"WWW-Authenticate": "Bearer"}
+BEARER = {"WWW-Authenticate": "Bearer"}  # RFC 6750, section 3
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
 
 

@@ -61,14 +61,12 @@ class Database:
         """Prepare the engines; they connect when they are first used."""
         scheme, _, rest = url.partition(":")
         url = f"{scheme}+{ASYNC[scheme]}:{rest}"
-        engine = create_sync_engine(url, API_DEADLINE, **AUTOCOMMIT)
         self._sqlite = scheme == "sqlite"
-        self.engine = AsyncEngine(engine)
         # A statement is a transaction, unless it is one of several.
+        sync_engine = create_sync_engine(url, API_DEADLINE, **AUTOCOMMIT)
+        self.engine = engine = AsyncEngine(sync_engine)
         level = "SERIALIZABLE" if self._sqlite else "READ COMMITTED"
-        self.transactions = self.engine.execution_options(
-            isolation_level=level
-        )
+        self.transactions = engine.execution_options(isolation_level=level)
         # For the keeper, which waits for none of those who fill the pool.
         self.aside = AsyncEngine(create_sync_engine(url, API_DEADLINE))
         self.outage = Outage(logger, "The database")
@@ -173,10 +171,7 @@ Trip = Callable[[list[Question]], Awaitable[Sequence[Answer | Exception]]]
 
 
 class Batch(Generic[Question, Answer]):
-    """Calls that come while a trip is under way share the next one.
-
-    A first call travels at once, so a lone caller waits for nobody.
-    """
+    """Calls that share trips: the first goes at once, others in the next."""
 
     def __init__(self, trip: Trip[Question, Answer]) -> None:
         """Wait for calls."""

@@ -27,8 +27,8 @@ from orders.logs import Outage, request_id
 from orders.models import EVENTS, PROCESS_DELAY, EventKind, now
 
 POLL_INTERVAL = 0.25  # seconds; of the relay and the keeper
-BATCH = 500  # events
-MANY = 2**31 - 1  # attempts; the largest integer of PostgreSQL
+BATCH = 500  # events that a relay claims at once
+CHANGES_AT_ONCE = 5000  # that a keeper tells the cache
 LEASE = timedelta(seconds=30)
 SWEEP_INTERVAL = 5.0  # seconds between two looks for leases that ran out
 # Finished events stay in the index while an old snapshot is open: only a sweep
@@ -43,7 +43,7 @@ lag = metrics.get_meter("orders").create_histogram("orders.outbox.lag", "s")
 
 
 NOT_DONE = EVENTS.c.processed_at.is_(None)
-CHANGES = sa.select(EVENTS.c.id, EVENTS.c.order_id).limit(BATCH)
+CHANGES = sa.select(EVENTS.c.id, EVENTS.c.order_id).limit(CHANGES_AT_ONCE)
 CHANGES = CHANGES.where(EVENTS.c.kind == EventKind.STATUS_CHANGED, NOT_DONE)
 CHANGES = CHANGES.where(EVENTS.c.due_at >= sa.bindparam("since"))
 DUE = (
@@ -62,8 +62,6 @@ CLAIM = (
     .values(attempts=EVENTS.c.attempts + 1, due_at=sa.bindparam("lease"))
     .returning(*(EVENTS.c[name] for name in DueEvent._fields))
 )
-
-
 # The condition makes the effect happen once, however often an event arrives.
 PROCESS = (
     EVENTS.update()
@@ -148,7 +146,7 @@ class Relay(threading.Thread):
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_INTERVAL
             self._since = ALWAYS
-            attempts = MANY if idle else 0
+            attempts = 2**31 - 1 if idle else 0  # as many as there can be
         due = {"since": self._since, "til": until, "attempts": attempts}
         due["lease"] = now() + LEASE
         with self._engine.begin() as connection:
@@ -201,19 +199,17 @@ class Keeper:
     async def run(self) -> None:
         """Make round after round, until cancelled."""
         while True:
-            more = False
             try:
-                more = await self._round()
+                await self._round()
                 self._outage.end()
             except RedisAway:
                 pass  # said by the cache
             except Exception as error:
                 self._outage.report(error, fault=True)
-            if not more:
-                await asyncio.sleep(POLL_INTERVAL)
+            await asyncio.sleep(POLL_INTERVAL)
 
-    async def _round(self) -> bool:
-        """Tell the cache what changed; return whether there is more."""
+    async def _round(self) -> None:
+        """Tell the cache what changed."""
         began = time.monotonic()
         if self.look is None:
             self._look_began = began
@@ -230,13 +226,12 @@ class Keeper:
         if not self._away:
             began = self._look_began
         found = changes or ()
-        if more := len(found) == BATCH:
+        complete = changes is not None and len(found) < CHANGES_AT_ONCE
+        if len(found) == CHANGES_AT_ONCE:
             began = 0.0  # no trust before the last of them
-        complete = changes is not None and not more
         orders = [change.order_id for change in found]
         await self._cache.prove(orders, began=began, complete=complete)
         self._invalidated += [change.id for change in found]
-        return more
 
     async def _read_changes(self) -> Sequence[Any] | None:
         """Mark what the cache has, and read what it may not have."""

@@ -40,11 +40,8 @@ UNLIMITED |= {"/redoc", "/docs", "/docs/oauth2-redirect"}
 WITH_SLASH = {"/orders", "/register", "/token"}  # as documented; both serve
 MEDIA_TYPE = "application/problem+json"
 MAX_BODY = 64 * 1024  # bytes
-HINTS = {  # where the framework says no more than the status
-    404: "No such address: see /docs",
-    413: f"Send at most {MAX_BODY} bytes",
-}
-REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+HINTS = {404: "No such address: see /docs"}  # the framework says only what
+HINTS[413] = f"Send at most {MAX_BODY} bytes"
 # Count a call in the windows of the limits; a key that is new, or lost its
 # end, gets one.
 COUNT = """
@@ -71,8 +68,7 @@ class RateLimiter:
         self._memory: Any = limiter.limiter.storage
 
     async def count(self, request: Request) -> Any:
-        """Count a call; return what the tightest limit leaves, if any."""
-        # Calls, -1 if this was too many; seconds till it is whole; the limit.
+        """Return calls left, or -1, the seconds to a reset, and the limit."""
         client = client_of(slowapi.util.get_remote_address(request))
         keys = [limit.key_for(client) for limit in self._limits]
         counted: Any = None
@@ -124,7 +120,7 @@ class Frame:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         name = dict(scope["headers"]).get(b"x-request-id", b"")
-        if not REQUEST_ID.fullmatch(name):
+        if not re.fullmatch(rb"[\x21-\x7e]{1,128}", name):
             name = b"%032x" % random.getrandbits(128)
         request_id.set(name.decode())
         trace.get_current_span().set_attribute("request.id", name.decode())

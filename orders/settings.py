@@ -18,7 +18,6 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_FILE = Path(".env")
-STARTUP_FAILURE = 3  # exit status; uvicorn does not restart a worker on it
 # After the scheme: a user, a host, a port, and the rest. No other @ or :
 URL = (
     r"://([^@/?#]*@)?([^][@/?#:]+|\[[^][]+\])(:[1-6]?\d{1,4})?([/?#][^@]*)?\Z"
@@ -114,4 +113,4 @@ def load_settings(*, secret: bool = True) -> Settings:
 def refuse_to_start(reason: str) -> NoReturn:
     """End the process with the one line that a person needs."""
     print(f"orders cannot start: {reason}", file=sys.stderr, flush=True)
-    raise SystemExit(STARTUP_FAILURE)
+    raise SystemExit(3)  # on which uvicorn does not restart a process

@@ -16,7 +16,7 @@ from orders.api import create_app
 from orders.auth import Accounts, UserCreate
 from orders.cache import MemoryCache, OrderView, RedisAway, RedisCache
 from orders.db import MAX_CALLS, Batch, Database
-from orders.models import OrderCreate
+from orders.models import OrderCreate, OrderStatus
 from orders.service import OrderService
 
 ORDER = uuid.uuid4()
@@ -196,7 +196,7 @@ def test_what_a_keeper_was_told_of_is_a_miss(filled):
 
 def test_the_memory_cache_forgets_the_oldest(monkeypatch):
     """It has a size."""
-    size = len(view("x").encode()) + cache.ENTRY_SIZE
+    size = len(view("x").body) + cache.ENTRY_SIZE
     monkeypatch.setattr(cache, "MEMORY_SIZE", 2 * size)
 
     async def use(orders):
@@ -339,7 +339,9 @@ class Change:
         await self.read()
         self.cache.invalidate = invalidate
         with suppress(Died):
-            await self.service.change_status(self.user, self.order_id, "PAID")
+            await self.service.change_status(
+                self.user, self.order_id, "PAID", known=OrderStatus
+            )
         status = await self.read()
         await self.database.close()
         return status
