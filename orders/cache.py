@@ -14,8 +14,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -32,9 +31,9 @@ CACHE_TTL = 300  # seconds
 TOMBSTONE_TTL = 10  # seconds
 MAX_FILL_AGE = 5  # seconds; well under TOMBSTONE_TTL
 TRUST = 1.0  # seconds
-READ_TIMEOUT = 0.2  # seconds; a read has the database to fall back on
-# A change holds a connection to the database meanwhile, which others wait for:
-TRIP_TIMEOUT = 0.5  # seconds; well under db.POOL_TIMEOUT
+# A read has the database to fall back on; a change holds a connection to it
+# meanwhile, which others wait for:
+TRIP_TIMEOUT = 0.2  # seconds; well under db.POOL_TIMEOUT
 CONNECT_TIMEOUT = 1.0  # seconds; only the keeper connects
 MEMORY_SIZE = 32 * 1024 * 1024  # bytes of the embedded cache
 ENTRY_SIZE = 384  # bytes that an entry takes beside its value
@@ -158,11 +157,7 @@ class RedisCache:
         if self.trusted:
             read = f"{read_at + self._clock:f}"  # by the server's clock
             keys = self._key(order_id), self._key("since")
-            value = b"%d %s %s" % (
-                view.user_id,
-                view.status.encode(),
-                view.body,
-            )
+            value = f"{view.user_id} {view.status} ".encode() + view.body
             sent = self._batch.ask(("EVAL", FILL, 2, *keys, value, read))
             sent.add_done_callback(lambda t: t.cancelled() or t.exception())
 
@@ -172,28 +167,25 @@ class RedisCache:
             return
         key = self._key(order_id)
         # Who refuses may be a replica by now, and another epoch begun.
-        with suppress(RedisAway):
-            async with self._limit(None):
-                await self._batch.ask(("SET", key, "", "EX", TOMBSTONE_TTL))
+        try:
+            await self._batch.ask(("SET", key, "", "EX", TOMBSTONE_TTL))
+        except RedisAway as refused:
+            await self._lose(refused)
 
     async def prove(
         self, changed: Sequence[UUID], *, began: float, complete: bool
     ) -> None:
         """Trust Redis for a second if it takes tombstones, and a probe."""
         # A round that does not know all changes goes on from one that did.
-        async with self._limit(CONNECT_TIMEOUT):
+        try:
             if not self._run:
-                await self._connection.connect()
-                await self._connection.send_command("INFO")
-                info = bytes(await self._connection.read_response()).decode()
-                # Keys carry it: a server that comes back with a snapshot, or
-                # a replica that is promoted, begins with an empty cache. Also
-                # who led before: its run is the same, its replication is not.
-                ids = re.findall(r"\b(?:run_id|master_replid):(\w+)", info)
-                self._run = "-".join(ids)
+                async with asyncio.timeout(CONNECT_TIMEOUT):
+                    self._run = await self._connect()
             keys = [self._key("since"), *map(self._key, changed)]
             probe = "EVAL", PROBE, len(keys), *keys, TOMBSTONE_TTL
             seconds, micros = await self._batch.ask(probe)
+        except Exception as error:
+            raise await self._lose(error) from error
         self._clock = int(seconds) + int(micros) / 1e6 - time.monotonic()
         self._complete = self._complete or complete
         if self._complete:
@@ -202,24 +194,10 @@ class RedisCache:
 
     async def ask(self, *command: Any) -> Any:
         """Return the answer; None if Redis is not trusted, or not well."""
-        if not self.trusted:
-            return None
-        answer = self._batch.ask(command)
-        # Not asyncio.timeout, which takes longer than all else here.
-        loop = answer.get_loop()
-        late = loop.call_later(READ_TIMEOUT, self._give_up, answer)
         try:
-            return await answer
+            return await self._batch.ask(command) if self.trusted else None
         except RedisAway:  # said by the trip, or its call's own
             return None
-        finally:
-            late.cancel()
-
-    def _give_up(self, answer: asyncio.Future[Any]) -> None:
-        """Let a caller go, and the next not wait, too."""
-        self._trusted_until = 0.0
-        if not answer.done():
-            answer.set_exception(RedisAway())
 
     async def close(self) -> None:
         """Close the connection, and trust nothing."""
@@ -230,10 +208,18 @@ class RedisCache:
         """Make one round trip; a refusal is its command's own."""
         if not self._run:  # else it would connect, whatever epoch it is
             raise RedisAway
-        async with self._limit(TRIP_TIMEOUT):
+        # Not asyncio.timeout, which takes longer than all else here.
+        trip: Any = asyncio.current_task()
+        loop = trip.get_loop()
+        late = loop.call_later(TRIP_TIMEOUT, trip.cancel, "it hangs")
+        try:
             packed = [hiredis.pack_command(command) for command in commands]
             await self._connection.send_packed_command(packed)
             return [await self._read() for _ in commands]
+        except (Exception, asyncio.CancelledError) as error:
+            raise await self._lose(error) from error
+        finally:
+            late.cancel()
 
     async def _read(self) -> Any:
         """Return the next answer, or the exception of who is refused."""
@@ -242,16 +228,22 @@ class RedisCache:
         except ResponseError as error:
             return RedisAway(error)
 
-    @asynccontextmanager
-    async def _limit(self, seconds: float | None) -> AsyncIterator[None]:
-        """Give the connection up if what is done with it fails or lasts."""
-        try:
-            async with asyncio.timeout(seconds):
-                yield
-        except Exception as error:  # whatever it is, nobody may wait on
-            await self.close()
-            self._outage.report(error)
-            raise RedisAway(repr(error)) from error
+    async def _connect(self) -> str:
+        """Connect, and return whose keys there are: the server's epoch."""
+        # A server that comes back with a snapshot, or a replica that is
+        # promoted, begins with an empty cache. Also who led before: its run
+        # is the same, its replication is not.
+        await self._connection.connect()
+        await self._connection.send_command("INFO")
+        info = bytes(await self._connection.read_response()).decode()
+        ids = re.findall(r"\b(?:run_id|master_replid):(\w+)", info)
+        return "-".join(ids)
+
+    async def _lose(self, error: BaseException) -> RedisAway:
+        """Give the connection up: whatever it is, nobody may wait on."""
+        await self.close()
+        self._outage.report(error)
+        return RedisAway(repr(error))
 
     def _key(self, name: UUID | str) -> str:
         """Return the key of an order, or another, in this run."""

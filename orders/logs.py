@@ -76,7 +76,7 @@ class Outage:
         self._failing = False
         self._report_at = 0.0  # of time.monotonic
 
-    def report(self, error: Exception, *, fault: bool = False) -> None:
+    def report(self, error: BaseException, *, fault: bool = False) -> None:
         """Log a failure unless the last was a moment ago."""
         news = time.monotonic() >= self._report_at
         self._report_at = time.monotonic() + REPORT_INTERVAL
