@@ -16,3 +16,9 @@ tasks     the Celery app and its one task
 api       routes and the app, where everything is wired
 __main__  `uv run orders`: first-run set-up, migrate, serve
 """
+
+import gc
+import sys
+
+gc.set_threshold(20_000, 20, 50)  # cycles are rare, the search is slow
+sys.setswitchinterval(0.001)  # seconds; else calls wait for the relay's thread

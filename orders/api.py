@@ -4,7 +4,6 @@ Routes translate between HTTP and the use cases; they hold no SQL.
 """
 
 import asyncio
-import gc
 import logging
 import multiprocessing
 import re
@@ -100,8 +99,8 @@ class QuickRead(APIRoute):
             order_id = request.path_params["order_id"]
             if not ID.fullmatch(order_id):
                 return await solve(request)
-            parts = await parts_of(request)
-            user_id = await caller_of(parts, await bearer(request))
+            parts = request.state.parts
+            user_id = parts.accounts.verify(await bearer(request))
             known = request.headers.get("If-None-Match")
             return await self.endpoint(UUID(order_id), user_id, parts, known)
 
@@ -263,7 +262,6 @@ async def running(parts: Parts) -> AsyncIterator[dict[str, Any]]:
     parts.relay.start()
     keeper = Keeper(parts.database, parts.cache)
     rounds = asyncio.create_task(keeper.run())
-    gc.freeze()  # search no garbage in what stays
     yield {"parts": parts}
     rounds.cancel()
     if keeper.look is not None:  # its driver needs the loop

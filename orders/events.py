@@ -41,7 +41,6 @@ ANSWER_AGE = 1.5  # seconds since the broker's last answer in which it is ok
 logger = logging.getLogger(__name__)
 lag = metrics.get_meter("orders").create_histogram("orders.outbox.lag", "s")
 
-
 NOT_DONE = EVENTS.c.processed_at.is_(None)
 CHANGES = sa.select(EVENTS.c.id, EVENTS.c.order_id).limit(CHANGES_AT_ONCE)
 CHANGES = CHANGES.where(EVENTS.c.kind == EventKind.STATUS_CHANGED, NOT_DONE)

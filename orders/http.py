@@ -63,14 +63,16 @@ class RateLimiter:
         """Take limits such as `5/minute`, and Redis where there is one."""
         self._limits = parse_many(text) if text else []
         self._windows = [limit.get_expiry() for limit in self._limits]
+        self._keys = lru_cache(4096)(
+            lambda host: [it.key_for(client_of(host)) for it in self._limits]
+        )
         self._redis = redis
         limiter = slowapi.Limiter(key_func=slowapi.util.get_remote_address)
         self._memory: Any = limiter.limiter.storage
 
     async def count(self, request: Request) -> Any:
         """Return calls left, or -1, the seconds to a reset, and the limit."""
-        client = client_of(slowapi.util.get_remote_address(request))
-        keys = [limit.key_for(client) for limit in self._limits]
+        keys = self._keys(slowapi.util.get_remote_address(request))
         counted: Any = None
         if keys and self._redis:
             command = "EVAL", COUNT, len(keys), *keys, *self._windows
@@ -88,7 +90,6 @@ class RateLimiter:
         return min(budgets, key=lambda b: (b[0], -b[1]), default=None)
 
 
-@lru_cache(4096)
 def client_of(address: str) -> str:
     """Return whose budget an address shares: an IPv6 client has a /64."""
     try:
@@ -172,9 +173,9 @@ class Frame:
                 detail = f"More than {limit}: try again in {reset} seconds"
                 headers = {"Retry-After": str(reset)}
                 return problem(429, detail, "too-many-calls", headers)
-        size = request.headers.get("content-length", "")
+        size = dict(request.scope["headers"]).get(b"content-length", b"")
         # A body of unknown size passes here; the routes count it as it comes.
-        too_large = size.isdecimal() and int(size[:9]) > MAX_BODY
+        too_large = size.isdigit() and int(size[:9]) > MAX_BODY
         return problem(413, HINTS[413]) if too_large else None
 
 
