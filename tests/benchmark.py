@@ -686,17 +686,20 @@ def measure_the_worker(stage: Stage, rounds: int) -> Iterator[Row]:
         f"orders/s; {statistics.median(whole):,.0f} with the two seconds",
     )
 
-    stage.wipe()
-    user, began = stage.add_user(), time.perf_counter()
-    for number in range(100):  # 30 orders each tenth of a second
-        stage.add_orders(user.id, 30, due=True)
-        time.sleep(max(0, began + number / 10 - time.perf_counter()))
-    stage.settle()
-    delay = "WITHIN GROUP (ORDER BY processed_at - created_at)"
+    late = []
+    p99 = "percentile_cont(0.99) WITHIN GROUP (ORDER BY processed_at"
+    for _ in range(min(rounds, 3)):
+        stage.wipe()
+        user, began = stage.add_user(), time.perf_counter()
+        for number in range(100):  # 30 orders each tenth of a second
+            stage.add_orders(user.id, 30, due=True)
+            time.sleep(max(0, began + number / 10 - time.perf_counter()))
+        stage.settle()
+        late.append(stage.seconds(f"{p99} - created_at)"))
     yield Row(
         "p99 from an order to its processing, at 300 orders/s",
         "≤2.1",
-        [stage.seconds(f"percentile_cont(0.99) {delay}")],
+        late,
         "seconds",
     )
 
