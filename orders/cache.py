@@ -217,6 +217,7 @@ class RedisCache:
             await self._connection.send_packed_command(packed)
             return [await self._read() for _ in commands]
         except (Exception, asyncio.CancelledError) as error:
+            late.cancel()
             raise await self._lose(error) from error
         finally:
             late.cancel()
