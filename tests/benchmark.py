@@ -153,10 +153,12 @@ def load(server: servers.Server, *calls: bytes, **options: Any) -> Sample:
 
 
 def processor_time(server: servers.Server) -> float:
-    """Return the seconds of processor time that a process has used."""
-    stat = Path(f"/proc/{server.process.pid}/stat").read_text()
-    user, system = stat.rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    """Return the processor time of a process and its own, in seconds."""
+    ticks = 0
+    for pid in servers.family(server.process.pid):
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        ticks += sum(map(int, stat.rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def memory(server: servers.Server) -> float:
