@@ -3,7 +3,8 @@
 `embedded` needs nothing. `production` runs on private PostgreSQL, Redis and
 RabbitMQ, started once by each of the processes that share the tests out; it is
 skipped where they are not installed. What harms processes for seconds is
-marked `fault`, and runs when it is named, or with `--all`.
+marked `fault`, and what keeps a core busy for as long `long`: both run when
+they are named, or with `--all`.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ from orders.settings import Settings
 
 PASSWORD = "correct horse battery"
 SECRET = "never-in-a-log"  # of the private servers, which take any
-NO_FAULTS = "not fault"
+QUICK = "not fault and not long"
 ITEMS = [{"name": "tea", "quantity": 3, "price": 0.1}]
 
 
@@ -64,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--all",
         action="store_true",
-        help="run also what harms processes for seconds",
+        help="run also what harms processes, or lasts",
     )
     group.addoption(
         "--fault-minutes",
@@ -81,11 +82,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave faults out, unless all tests or certain ones are asked for."""
+    """Leave out what lasts, unless all or certain tests are asked for."""
     option = config.option
     named = config.args_source is pytest.Config.ArgsSource.ARGS
     if not (option.all or option.keyword or option.markexpr or named):
-        option.markexpr = NO_FAULTS
+        option.markexpr = QUICK
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -107,7 +108,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for shared in SHARED:
             if shared in fixtures:
                 item.add_marker(pytest.mark.xdist_group(shared))
-    items.sort(key=lambda item: item.get_closest_marker("fault") is None)
+    items.sort(key=lambda item: not {"fault", "long"} & set(item.keywords))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -141,8 +142,8 @@ def pytest_terminal_summary(
     skipped = terminalreporter.getreports("skipped")
     counted = Counter(map(reason, skipped))
     lines = [f"{number} tests. {why}" for why, number in counted.items()]
-    if config.option.markexpr == NO_FAULTS:
-        lines.append("What harms processes for seconds: --all runs it, too")
+    if config.option.markexpr == QUICK:
+        lines.append("What harms processes, or lasts: --all runs it, too")
     if lines:
         terminalreporter.section("left out")
         for line in lines:

@@ -75,6 +75,7 @@ def server(tmp_path_factory):
         yield server
 
 
+@pytest.mark.long
 def test_a_generated_client_drives_the_journey(server, tmp_path):
     """openapi-python-client makes one from the schema alone."""
     url = f"http://127.0.0.1:{server.port}"
@@ -149,6 +150,7 @@ def browser():
     driver.quit()
 
 
+@pytest.mark.long
 def test_the_docs_work_on_a_closed_network(server, http, browser, tmp_path):
     """A person authorises there and creates an order."""
     User(http(server), "bob@example.com")

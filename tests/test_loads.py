@@ -176,6 +176,7 @@ def hold(port, count, data):
     return held
 
 
+@pytest.mark.long
 def test_a_thousand_unfinished_calls_reset_nobody(tmp_path, http):
     """New callers get a 503 instead, and the service afterwards."""
     with servers.running(orders_command(tmp_path)) as server:
@@ -207,6 +208,7 @@ HALVES = [
 ]
 
 
+@pytest.mark.long
 def test_half_a_call_does_not_outlive_a_sigterm(tmp_path):
     """Whoever never ends a call keeps the service up for seconds only."""
     with servers.running(orders_command(tmp_path)) as server:
@@ -379,6 +381,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.long
 def test_a_disk_that_others_filled_is_a_503(small_disk, http):
     """Every byte is taken; some are given back, and all is well."""
     server = orders_command(small_disk)
@@ -441,6 +444,7 @@ def test_the_embedded_cache_is_bounded_in_bytes():
     assert oldest is None
 
 
+@pytest.mark.long
 def test_small_entries_of_the_embedded_cache_count_too(monkeypatch):
     """A tombstone has no bytes of its own, but takes some."""
     monkeypatch.setattr(orders.cache, "MEMORY_SIZE", MIB)

@@ -168,6 +168,7 @@ def test_every_command_has_a_case():
     assert set(languages) == {"mermaid", "sh", "console", "ini", "caddyfile"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ENDING)
 def test_a_command_of_the_readme_succeeds(tree, reader, command):
     """It runs in a new copy of the tree."""

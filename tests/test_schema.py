@@ -2,6 +2,7 @@
 
 import subprocess
 
+import pytest
 import servers
 from conftest import User
 from test_journey import orders_command
@@ -10,6 +11,7 @@ from orders.api import app
 from orders.models import REFUSALS
 
 
+@pytest.mark.long
 def test_schemathesis_finds_nothing(tmp_path, http, pytestconfig):
     """All of its checks hold: no 5xx, no undocumented answer."""
     examples = 30 if pytestconfig.option.all else 10
