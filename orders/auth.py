@@ -18,7 +18,6 @@ from functools import lru_cache
 from typing import Annotated, Any
 
 import jwt
-from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import EmailStr, TypeAdapter, WrapValidator
 from sqlalchemy.exc import IntegrityError
@@ -92,8 +91,7 @@ with suppress(AttributeError, OSError, TypeError):  # another libc, or system
     for option, size in ((-3, 2**24), (-1, 2**25)):
         ctypes.CDLL(None).mallopt(option, size)
 # OWASP's Argon2id parameters: 19 MiB, two passes, one lane.
-ARGON2 = Argon2Hasher(memory_cost=19_456, time_cost=2, parallelism=1)
-passwords = PasswordHash((ARGON2,))
+passwords = Argon2Hasher(memory_cost=19_456, time_cost=2, parallelism=1)
 # Verified in place of a user who does not exist, which takes as long.
 DUMMY_HASH = passwords.hash("nobody has this password")
 

@@ -39,7 +39,6 @@ pytest.register_assert_rewrite("faults")
 
 import servers
 from fastapi.testclient import TestClient
-from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 
 from orders import auth
@@ -210,7 +209,7 @@ def cheap_passwords() -> Iterator[None]:
     """Let this process hash them in no time: most tests register users."""
     hasher = Argon2Hasher(memory_cost=64, time_cost=1, parallelism=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auth, "passwords", PasswordHash((hasher,)))
+        patch.setattr(auth, "passwords", hasher)
         yield
 
 
