@@ -117,7 +117,6 @@ class Frame:
         self, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Handle a call with its id in the context, for the log."""
-        # HEAD is answered as GET without the body: RFC 9110, section 9.3.2.
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         name = dict(scope["headers"]).get(b"x-request-id", b"")
@@ -125,12 +124,12 @@ class Frame:
             name = b"%032x" % random.getrandbits(128)
         request_id.set(name.decode())
         trace.get_current_span().set_attribute("request.id", name.decode())
-        head = scope["method"] == "HEAD"
         bare = scope["path"].rstrip("/")
         headers = [(b"x-content-type-options", b"nosniff")]
         headers.append((b"x-request-id", name))
         framed = {**scope, "orders.headers": headers}
-        framed["method"] = "GET" if head else scope["method"]
+        # The server leaves the body out: RFC 9110, section 9.3.2.
+        framed["method"] = scope["method"].replace("HEAD", "GET")
         framed["path"] = f"{bare}/" if bare in WITH_SLASH else bare or "/"
 
         async def send_framed(message: Message) -> None:
@@ -138,8 +137,6 @@ class Frame:
             if message["type"] == "http.response.start":
                 framed["orders.started"] = True
                 message["headers"] = [*message.get("headers", ()), *headers]
-            elif head:
-                message = {**message, "body": b""}
             await send(message)
 
         return await self._cors(framed, receive, send_framed)
