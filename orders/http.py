@@ -13,7 +13,7 @@ import re
 import time
 from functools import lru_cache
 from http import HTTPStatus
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv6Address, ip_network
 from typing import Any
 
 import slowapi.util
@@ -93,12 +93,10 @@ class RateLimiter:
 def client_of(address: str) -> str:
     """Return whose budget an address shares: an IPv6 client has a /64."""
     try:
-        ip = ip_address(address)
-    except ValueError:  # a name of a test's, or of a socket's
+        ip = IPv6Address(address)
+    except ValueError:  # IPv4, or a name of a test's, or of a socket's
         return address
-    if ip.version == 6:
-        return str(ip.ipv4_mapped or ip_network((ip, 64), strict=False))
-    return address
+    return str(ip.ipv4_mapped or ip_network((ip, 64), strict=False))
 
 
 class Frame:
