@@ -31,9 +31,7 @@ PLACE = ORDERS.c.created_at, ORDERS.c.id  # of an order in the list
 # The statements that many calls share are built once. SQLite has PostgreSQL's
 # clause, too.
 CREATE = insert(ORDERS).on_conflict_do_nothing().returning(ORDERS.c.id)
-READ = ORDERS.select().where(
-    ORDERS.c.id.in_(sa.bindparam("ids", expanding=True))
-)
+READ = ORDERS.select().where(ORDERS.c.id.in_(sa.bindparam("ids")))
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
