@@ -76,14 +76,12 @@ class OrderService:
         self, user_id: int, order_id: UUID
     ) -> tuple[OrderView, bool]:
         """Return the caller's order, and whether it came from the cache."""
-        view = await self._cache.get(order_id)
-        hit = view is not None
-        if view is None:
-            read_at = time.monotonic()
-            row = _own(await self._reads.ask(order_id), user_id)
-            view = OrderView.of(row)
-            self._cache.fill(order_id, view, read_at)
-        return _own(view, user_id), hit
+        if view := await self._cache.get(order_id):
+            return _own(view, user_id), True
+        read_at = time.monotonic()
+        view = OrderView.of(_own(await self._reads.ask(order_id), user_id))
+        self._cache.fill(order_id, view, read_at)
+        return view, False
 
     async def list_page(
         self, user_id: int, limit: int, after: UUID | None, status: str | None
