@@ -8,10 +8,9 @@ together share a transaction, and reads a query.
 import json
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4, uuid5
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
@@ -55,7 +54,7 @@ class OrderService:
         # another draft under the same key is refused.
         name = f"{user_id}:{key}"
         order: Row = {  # in the order of the table's columns
-            "id": uuid.uuid5(KEY_NAMESPACE, name) if key else uuid.uuid4(),
+            "id": uuid5(KEY_NAMESPACE, name) if key else uuid4(),
             "user_id": user_id,
             "items": models.ITEMS.dump_json(draft.items).decode(),
             "total_price": draft.total(),
@@ -190,7 +189,7 @@ def _event(order_id: UUID, kind: models.EventKind, **payload: Any) -> Row:
     """Return the row of an event that is due now."""
     moment = models.now()
     return {
-        "id": uuid.uuid4(),
+        "id": uuid4(),
         "order_id": order_id,
         "kind": kind,
         "payload": {**payload, "request_id": request_id.get()},
