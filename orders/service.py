@@ -86,12 +86,11 @@ class OrderService:
         self, user_id: int, limit: int, after: UUID | None, status: str | None
     ) -> tuple[list[OrderView], UUID | None]:
         """Return a page, newest first, and its last id if there are more."""
-        page = ORDERS.select().where(ORDERS.c.user_id == user_id)
+        page = ORDERS.select().filter_by(user_id=user_id)
         if status is not None:
-            page = page.where(ORDERS.c.status == status)
+            page = page.filter_by(status=status)
         if after is not None:
-            last = sa.select(*PLACE).where(ORDERS.c.id == after)
-            last = last.where(ORDERS.c.user_id == user_id)
+            last = sa.select(*PLACE).filter_by(id=after, user_id=user_id)
             page = page.where(sa.tuple_(*PLACE) < last.scalar_subquery())
         page = page.order_by(*(part.desc() for part in PLACE)).limit(limit + 1)
         async with self._database.engine.connect() as connection:
@@ -105,16 +104,11 @@ class OrderService:
         """Move the caller's order on, from one of the `known` statuses."""
         # One conditional UPDATE decides: of two racing changes only one wins.
         sources = [old for old in known if new in models.TRANSITIONS[old]]
-        change = (
-            ORDERS.update()
-            .where(ORDERS.c.id == order_id, ORDERS.c.user_id == user_id)
-            .where(ORDERS.c.status.in_(sources))
-            .values(status=new)
-            .returning(*ORDERS.c)
-        )
+        change = ORDERS.update().filter_by(id=order_id, user_id=user_id)
+        change = change.where(ORDERS.c.status.in_(sources)).values(status=new)
         kind = models.EventKind.STATUS_CHANGED
         async with self._database.transactions.begin() as connection:
-            row = (await connection.execute(change)).first()
+            row = (await connection.execute(change.returning(ORDERS))).first()
             if row is not None:
                 # Made while the row is locked: its time is its place.
                 event = _event(order_id, kind, status=new)
@@ -133,7 +127,7 @@ class OrderService:
     async def history(self, user_id: int, order_id: UUID) -> Sequence[Any]:
         """Return the caller's order's events, oldest first."""
         await self.get(user_id, order_id)
-        events = EVENTS.select().where(EVENTS.c.order_id == order_id)
+        events = EVENTS.select().filter_by(order_id=order_id)
         events = events.order_by(EVENTS.c.created_at)
         async with self._database.engine.connect() as connection:
             return (await connection.execute(events)).all()
