@@ -297,8 +297,7 @@ def create_app(settings: Settings) -> FastAPI:
         ],
         telemetry={"exclude": lambda scope: scope.get("path") in PROBES},
     )
-    origins = settings.cors_origins
-    app.add_middleware(http.Frame, limiter=parts.limiter, origins=origins)
+    app.add_middleware(http.Frame, parts.limiter, settings.cors_origins)
     schemas = app.openapi()["components"]["schemas"]  # which it keeps
     schemas["Problem"] = http.Problem.model_json_schema()
     # uvicorn numbers its processes, and each makes an app: said once.

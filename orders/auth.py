@@ -170,6 +170,5 @@ class Accounts:
 @lru_cache(4096)  # tokens, whose signature need not be checked again
 def _read_token(token: str, key: str, algorithm: str) -> tuple[int, int]:
     """Return a genuine token's user id and its end, in seconds since 1970."""
-    required: Any = {"require": ["exp", "sub"]}
-    claims = jwt.decode(token, key, [algorithm], required)
+    claims = jwt.decode(token, key, [algorithm], {"require": ["exp", "sub"]})
     return int(claims["sub"]), int(claims["exp"])
