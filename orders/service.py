@@ -140,7 +140,7 @@ class OrderService:
         orders = [unique[order_id][0] for order_id in sorted(unique)]
         try:
             async with self._database.transactions.begin() as connection:
-                new = set(await connection.scalars(CREATE, orders))
+                new = await connection.scalars(CREATE, orders)
                 events = [unique[order_id][1] for order_id in new]
                 if events:
                     await connection.execute(EVENTS.insert(), events)
@@ -149,10 +149,8 @@ class OrderService:
                 return [Refusal("unauthorized", headers=INVALID_TOKEN)]
             return [(await self._insert([draft]))[0] for draft in drafts]
         # Each order that is new is said to be so to the first who brought it.
-        return [
-            order["id"] in new and unique[order["id"]][0] is order
-            for order, _ in drafts
-        ]
+        written = {event["id"] for event in events}
+        return [event["id"] in written for _, event in drafts]
 
     async def _select(self, order_ids: list[UUID]) -> Sequence[Any]:
         """Return the rows of orders, None for each that is not there."""
