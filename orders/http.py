@@ -22,7 +22,7 @@ from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from limits import parse_many
 from opentelemetry import trace
-from sqlalchemy.exc import InternalError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
@@ -30,7 +30,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orders.cache import RedisCache
-from orders.db import OUTAGES, is_outage
+from orders.db import is_outage
 from orders.logs import request_id
 from orders.models import Refusal
 
@@ -243,7 +243,7 @@ HANDLERS: Any = {
     Refusal: answer_refusal,
     HTTPException: answer_http,
     RequestValidationError: answer_invalid,
-    **dict.fromkeys((*OUTAGES, InternalError), answer_outage),
+    SQLAlchemyError: answer_outage,
 }
 
 
