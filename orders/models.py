@@ -149,18 +149,15 @@ class OrderCreate(Schema):
         description="Optional; refused if it is not the sum of the items",
     )
 
-    def total(self) -> float:
-        """Return the sum of quantity times price, exact to the cent."""
+    @model_validator(mode="after")
+    def _add_up(self) -> Self:
+        """Set the sum, exact to the cent; refuse another that was sent."""
         # The bounds keep it under 10¹⁴ cents, which a double holds exactly.
         prices = (Decimal(str(it.price)) * it.quantity for it in self.items)
-        return float(sum(prices))
-
-    @model_validator(mode="after")
-    def _check_total(self) -> Self:
-        """Refuse a sum that the client expects and we do not."""
-        said, total = self.total_price, self.total()
+        said, total = self.total_price, float(sum(prices))
         if said is not None and abs(said - total) >= 0.005:
             raise ValueError(f"total_price is not {total}: correct or omit it")
+        self.total_price = total
         return self
 
 

@@ -57,7 +57,7 @@ class OrderService:
             "id": uuid5(KEY_NAMESPACE, name) if key else uuid4(),
             "user_id": user_id,
             "items": models.ITEMS.dump_json(draft.items).decode(),
-            "total_price": draft.total(),
+            "total_price": draft.total_price,
             "status": OrderStatus.PENDING,
             "created_at": models.now(),
         }
