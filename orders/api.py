@@ -41,17 +41,16 @@ class Parts:
 
     def __init__(self, settings: Settings) -> None:
         """Choose each part by its URL."""
-        url, redis = settings.database_url, settings.redis_url
-        engine = db.create_sync_engine(url, db.WORKER_DEADLINE)
-        broker = settings.rabbitmq_url
-        publisher = Publisher(broker) if broker else None
         self.settings = settings
-        self.database = db.Database(url)
-        shared = RedisCache(redis) if redis else None
+        self.database = db.Database(settings.database_url)
+        shared = RedisCache(settings.redis_url) if settings.redis_url else None
         self.cache = shared or MemoryCache()
         self.limiter = http.RateLimiter(settings.rate_limit, shared)
         self.accounts = auth.Accounts(self.database, settings)
         self.orders = OrderService(self.database, self.cache)
+        url, broker = settings.database_url, settings.rabbitmq_url
+        engine = db.create_sync_engine(url, db.WORKER_DEADLINE)
+        publisher = Publisher(broker) if broker else None
         self.relay = Relay(engine, publisher, self.database.outage)
 
 
