@@ -92,7 +92,7 @@ with suppress(AttributeError, OSError, TypeError):  # another libc, or system
         ctypes.CDLL(None).mallopt(option, size)
 # OWASP's Argon2id parameters: 19 MiB, two passes, one lane.
 passwords = Argon2Hasher(memory_cost=19_456, time_cost=2, parallelism=1)
-# Verified in place of a user who does not exist, which takes as long.
+# Verified for who is unknown, or the time would tell who is registered.
 DUMMY_HASH = passwords.hash("nobody has this password")
 
 
@@ -124,7 +124,6 @@ class Accounts:
 
     async def log_in(self, email: str, password: str) -> Token:
         """Return a token; refuse an unknown user or password."""
-        # Both take the same time, so that nobody learns who is registered.
         try:
             email = canonical_email(email)
         except ValueError:
