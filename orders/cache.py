@@ -139,13 +139,12 @@ class RedisCache:
         self._outage = Outage(logger, "Redis")
         self._run = ""  # the server's epoch; none without a connection
         self._clock = 0.0  # the server's less time.monotonic, never more
-        self._complete = False  # it has every change that we know of
-        self._trusted_until = 0.0  # of time.monotonic
+        self._proved_at = 0.0  # of time.monotonic; 0: it may lack a change
 
     @property
     def trusted(self) -> bool:
         """Return whether the keeper's last round was a moment ago."""
-        return time.monotonic() < self._trusted_until
+        return time.monotonic() < self._proved_at + TRUST
 
     async def get(self, order_id: UUID) -> OrderView | None:
         """Return the cached order, or None; Redis away is a miss."""
@@ -176,7 +175,6 @@ class RedisCache:
         self, changed: Sequence[UUID], *, began: float, complete: bool
     ) -> None:
         """Trust Redis for a second if it takes tombstones, and a probe."""
-        # A round that does not know all changes goes on from one that did.
         try:
             if not self._run:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -187,9 +185,9 @@ class RedisCache:
         except Exception as error:
             raise await self._lose(error) from error
         self._clock = int(seconds) + int(micros) / 1e6 - time.monotonic()
-        self._complete = self._complete or complete
-        if self._complete:
-            self._trusted_until = began + TRUST
+        # A round that does not know all changes goes on from one that did.
+        if complete or self._proved_at:
+            self._proved_at = began
             self._outage.end()
 
     async def ask(self, *command: Any) -> Any:
@@ -201,7 +199,7 @@ class RedisCache:
 
     async def close(self) -> None:
         """Close the connection, and trust nothing."""
-        self._run, self._complete, self._trusted_until = "", False, 0.0
+        self._run, self._proved_at = "", 0.0
         await self._connection.disconnect(nowait=True)
 
     async def _trip(self, commands: list[tuple[Any, ...]]) -> list[Any]:
