@@ -11,7 +11,6 @@ case. What a process could not tell Redis, the next keeper that can tells it.
 """
 
 import asyncio
-import logging
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -37,8 +36,6 @@ TRIP_TIMEOUT = 0.2  # seconds; well under db.POOL_TIMEOUT
 CONNECT_TIMEOUT = 1.0  # seconds; only the keeper connects
 MEMORY_SIZE = 32 * 1024 * 1024  # bytes of the embedded cache
 ENTRY_SIZE = 384  # bytes that an entry takes beside its value
-
-logger = logging.getLogger(__name__)
 
 
 class OrderView(NamedTuple):
@@ -136,7 +133,7 @@ class RedisCache:
         pool: Any = ConnectionPool.from_url(url, socket_timeout=None)
         self._connection = pool.make_connection()
         self._batch = Batch[tuple[Any, ...], Any](self._trip)
-        self._outage = Outage(logger, "Redis")
+        self._outage = Outage(__name__, "Redis")
         self._run = ""  # the server's epoch; none without a connection
         self._clock = 0.0  # the server's less time.monotonic, never more
         self._proved_at = 0.0  # of time.monotonic; 0: it may lack a change

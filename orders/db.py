@@ -6,7 +6,6 @@ connection. A server that works has cancelled the statement before.
 """
 
 import asyncio
-import logging
 import os
 import socket
 import threading
@@ -34,8 +33,6 @@ ASYNC = {"postgresql": "psycopg_async", "sqlite": "aiosqlite"}  # drivers
 
 # What is raised while the database is away; see `is_outage`.
 OUTAGES = (exc.InterfaceError, exc.OperationalError, exc.TimeoutError)
-
-logger = logging.getLogger(__name__)
 
 
 def is_outage(error: Exception) -> bool:
@@ -69,7 +66,7 @@ class Database:
         self.transactions = engine.execution_options(isolation_level=level)
         # For the keeper, which waits for none of those who fill the pool.
         self.aside = AsyncEngine(create_sync_engine(url, API_DEADLINE))
-        self.outage = Outage(logger, "The database")
+        self.outage = Outage(__name__, "The database")
 
     async def ping(self) -> None:
         """Raise unless the database answers and takes writes."""

@@ -95,7 +95,7 @@ class Relay(threading.Thread):
         self._engine, self._publisher = engine, publisher
         self._database_outage = outage
         what = "RabbitMQ" if publisher else "The embedded worker"
-        self._outage = Outage(logger, what)
+        self._outage = Outage(__name__, what)
         self._ended = threading.Event()
         self._answered_at = 0.0  # of time.monotonic
         self._since = ALWAYS  # all that was due before is claimed
@@ -192,7 +192,7 @@ class Keeper:
         self.look: asyncio.Task[Sequence[Any] | None] | None = None
         self._look_began = 0.0  # of time.monotonic
         self._away = False  # the database, when a look ended last
-        self._outage = Outage(logger, "The keeper of the cache")
+        self._outage = Outage(__name__, "The keeper of the cache")
         self._sweep_at = 0.0  # of time.monotonic
 
     async def run(self) -> None:

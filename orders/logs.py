@@ -70,9 +70,9 @@ def configure_logging(form: str) -> None:
 class Outage:
     """Say once that something is away, and once that it works again."""
 
-    def __init__(self, logger: logging.Logger, what: str) -> None:
-        """Start with all well; `what` begins the log's lines."""
-        self._logger, self._what = logger, what
+    def __init__(self, module: str, what: str) -> None:
+        """Start with all well; `what` begins the lines of the module."""
+        self._logger, self._what = logging.getLogger(module), what
         self._failing = False
         self._report_at = 0.0  # of time.monotonic
 

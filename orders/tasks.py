@@ -37,8 +37,8 @@ settings = load_settings(secret=False)
 if settings.rabbitmq_url is None:
     refuse_to_start("RABBITMQ_URL is not set: a worker needs a broker")
 engine = db.create_sync_engine(settings.database_url, db.WORKER_DEADLINE)
-database_outage = logs.Outage(logger, "The database")
-broker_outage = logs.Outage(logger, "RabbitMQ")
+database_outage = logs.Outage(__name__, "The database")
+broker_outage = logs.Outage(__name__, "RabbitMQ")
 waiting: deque[Message] = deque()  # to be processed
 
 queue, dead_letters = (

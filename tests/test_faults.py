@@ -5,7 +5,6 @@ Every process is a real one, and the servers that a test harms are its own.
 
 import contextlib
 import itertools
-import logging
 import re
 import shutil
 import signal
@@ -538,7 +537,7 @@ def relaying(monkeypatch):
             monkeypatch.setattr(events, "SWEEP_INTERVAL", sweep)
             engine = create_sync_engine(settings.database_url, deadline=15)
             stack.callback(engine.dispose)
-            outage = Outage(logging.getLogger("tests"), "The database")
+            outage = Outage(__name__, "The database")
             publisher = Publisher(settings.rabbitmq_url)
             relay = Relay(engine, publisher, outage)
             relay.start()

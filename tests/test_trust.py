@@ -535,7 +535,7 @@ class Failing:
 
     def __init__(self, error):
         """Take the error."""
-        self.error, self.outage = error, Outage(events.logger, "It")
+        self.error, self.outage = error, Outage(__name__, "It")
 
     @property
     def aside(self):
