@@ -98,7 +98,6 @@ class Relay(threading.Thread):
         self._outage = Outage(__name__, what)
         self._ended = threading.Event()
         self._answered_at = 0.0  # of time.monotonic
-        self._since = ALWAYS  # all that was due before is claimed
         self._sweep_at = 0.0  # of time.monotonic
 
     @property
@@ -141,19 +140,17 @@ class Relay(threading.Thread):
         if self._publisher:
             until += PROCESS_DELAY  # the delay queue keeps what is not yet due
             idle = self._publisher.is_idle()
-        attempts = 0
-        if time.monotonic() >= self._sweep_at:
-            self._sweep_at = time.monotonic() + SWEEP_INTERVAL
-            self._since = ALWAYS
-            attempts = 2**31 - 1 if idle else 0  # as many as there can be
-        due = {"since": self._since, "til": until, "attempts": attempts}
+        sweeps = time.monotonic() >= self._sweep_at
+        since = ALWAYS if sweeps else until - LOOK_BACK
+        attempts = 2**31 - 1 if sweeps and idle else 0  # any number, or none
+        due = {"since": since, "til": until, "attempts": attempts}
         due["lease"] = now() + LEASE
         with self._engine.begin() as connection:
             rows = connection.execute(CLAIM, due).all()
         self._database_outage.end()
         events = sorted(DueEvent(*row) for row in rows)
-        if len(events) < BATCH:  # else there may be more, that is as old
-            self._since = until - LOOK_BACK
+        if sweeps and len(events) < BATCH:  # else there may be more of them
+            self._sweep_at = time.monotonic() + SWEEP_INTERVAL
         if again := [event for event in events if event.attempts > 1]:
             logger.warning(
                 "%d were not processed in time: of order %s, delivery %d",
