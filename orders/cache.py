@@ -13,7 +13,7 @@ case. What a process could not tell Redis, the next keeper that can tells it.
 import asyncio
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -93,7 +93,7 @@ class MemoryCache:
         """Write a tombstone."""
         self._entries[order_id] = None
 
-    async def prove(self, changed: Sequence[UUID], **_: object) -> None:
+    async def prove(self, changed: Iterable[UUID], **_: object) -> None:
         """Write tombstones, for changes of a process that is gone."""
         self._entries.update(dict.fromkeys(changed))
 
@@ -169,7 +169,7 @@ class RedisCache:
             await self._lose(refused)
 
     async def prove(
-        self, changed: Sequence[UUID], *, began: float, complete: bool
+        self, changed: Iterable[UUID], *, began: float, complete: bool
     ) -> None:
         """Trust Redis for a second if it takes tombstones, and a probe."""
         try:

@@ -12,9 +12,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -186,7 +184,7 @@ class Keeper:
         """Take the outbox, and the cache."""
         self._database, self._cache = database, cache
         self._invalidated: list[UUID] = []  # events; marked by the next look
-        self.look: asyncio.Task[Sequence[Any] | None] | None = None
+        self.look: asyncio.Task[dict[UUID, UUID] | None] | None = None
         self._look_began = 0.0  # of time.monotonic
         self._away = False  # the database, when a look ended last
         self._outage = Outage(__name__, "The keeper of the cache")
@@ -221,25 +219,23 @@ class Keeper:
         # the trust goes on. A late look proves what was when it began.
         if not self._away:
             began = self._look_began
-        found = changes or ()
+        found = changes or {}
         complete = changes is not None and len(found) < CHANGES_AT_ONCE
         if len(found) == CHANGES_AT_ONCE:
             began = 0.0  # no trust before the last of them
-        orders = [change.order_id for change in found]
-        await self._cache.prove(orders, began=began, complete=complete)
-        self._invalidated += [change.id for change in found]
+        await self._cache.prove(found.values(), began=began, complete=complete)
+        self._invalidated += found
 
-    async def _read_changes(self) -> Sequence[Any] | None:
-        """Mark what the cache has, and read what it may not have."""
+    async def _read_changes(self) -> dict[UUID, UUID] | None:
+        """Mark what the cache has; return events, orders that it may lack."""
         since = now() - LOOK_BACK
         if not self._cache.trusted or time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_INTERVAL
             since = ALWAYS
-        done = self._invalidated.copy()
-        mark = EVENTS.update().where(EVENTS.c.id.in_(done))
+        mark = EVENTS.update().where(EVENTS.c.id.in_(self._invalidated))
         try:
             async with self._database.aside.begin() as connection:
-                if done:
+                if self._invalidated:
                     await connection.execute(mark.values(processed_at=now()))
                 found = await connection.execute(CHANGES, {"since": since})
         except Exception as error:
@@ -247,5 +243,5 @@ class Keeper:
                 raise
             self._database.outage.report(error)
             return None
-        del self._invalidated[: len(done)]
-        return found.all()
+        self._invalidated.clear()
+        return dict(found.tuples().all())
