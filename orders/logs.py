@@ -31,14 +31,7 @@ FORMS: dict[str, logging.Formatter] = {
 }
 # Who says less than the rest: what would repeat our own lines, or come at
 # each try to connect.
-LEVELS = {
-    "alembic": "WARNING",
-    "celery.app.base": "ERROR",
-    "celery.app.trace": "WARNING",
-    "celery.worker.strategy": "WARNING",
-    "pika": "CRITICAL",
-    "psycopg": "ERROR",
-}
+LEVELS = {"alembic": "WARNING", "pika": "CRITICAL", "psycopg": "ERROR"}
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 

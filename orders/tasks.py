@@ -48,7 +48,6 @@ queue, dead_letters = (
 app = Celery("orders", broker=settings.rabbitmq_url)
 app.conf.update(
     broker_heartbeat=broker.BROKER_TIMEOUT,
-    task_default_queue=broker.QUEUE,
     task_queues=[queue],
     worker_cancel_long_running_tasks_on_connection_loss=True,
     worker_concurrency=1,
@@ -57,8 +56,6 @@ app.conf.update(
     worker_enable_remote_control=False,
     worker_pool="threads",
     worker_prefetch_multiplier=PREFETCH,
-    worker_redirect_stdouts=False,
-    worker_soft_shutdown_timeout=5.0,
 )
 setup_logging.connect(
     lambda **_: logs.configure_logging(settings.log_format), weak=False
