@@ -76,9 +76,7 @@ def look_alive(**_: object) -> None:
 
 look_alive()  # before anything that may wait
 # At each reconnect it says that the lost connection cannot be cleaned up.
-logging.getLogger("celery.worker.loops").addFilter(
-    lambda record: not record.getMessage().startswith("Error cleaning up")
-)
+logging.getLogger("celery.worker.loops").setLevel("CRITICAL")
 # Celery's own delay, which is not used, would declare 28 queues.
 unused: Any = DelayedDelivery
 unused.include_if = lambda *_: False
