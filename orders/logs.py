@@ -78,8 +78,7 @@ class Outage:
             reason = str(error).split("\n")[0] or type(error).__name__
             # A fault of ours, which is no outage, comes with its traceback.
             line = "%s failed: %s" if fault else "%s is away: %s"
-            trace = error if fault else None
-            self._logger.warning(line, self._what, reason, exc_info=trace)
+            self._logger.warning(line, self._what, reason, exc_info=fault)
 
     def end(self) -> None:
         """Log that it works, if it did not."""
