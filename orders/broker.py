@@ -61,7 +61,6 @@ class Publisher:
         self._parameters = pika.URLParameters(url)
         self._parameters.heartbeat = BROKER_TIMEOUT
         self._parameters.blocked_connection_timeout = BROKER_TIMEOUT
-        self._parameters.socket_timeout = BROKER_TIMEOUT
         self._parameters.stack_timeout = BROKER_TIMEOUT
         self._connection: Any = None
         self._channel: Any = None
