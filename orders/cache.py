@@ -232,8 +232,7 @@ class RedisCache:
         await self._connection.connect()
         await self._connection.send_command("INFO")
         info = bytes(await self._connection.read_response()).decode()
-        ids = re.findall(r"\b(?:run_id|master_replid):(\w+)", info)
-        return "-".join(ids)
+        return "-".join(re.findall(r"\b(?:run_id|master_replid):(\w+)", info))
 
     async def _lose(self, error: BaseException) -> RedisAway:
         """Give the connection up: whatever it is, nobody may wait on."""

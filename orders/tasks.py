@@ -78,8 +78,7 @@ look_alive()  # before anything that may wait
 # At each reconnect it says that the lost connection cannot be cleaned up.
 logging.getLogger("celery.worker.loops").setLevel("CRITICAL")
 # Celery's own delay, which is not used, would declare 28 queues.
-unused: Any = DelayedDelivery
-unused.include_if = lambda *_: False
+DelayedDelivery.include_if = lambda *_: False  # type: ignore[method-assign]
 # To Celery a wrong password is no outage, and ends the worker.
 Transport.recoverable_connection_errors += (AccessRefused,)
 
@@ -134,8 +133,7 @@ def read_properties(buffer: bytes, offset: int) -> tuple[Any, int]:
     """Return a message's properties, or none if they cannot be read."""
     # An error would end the worker; a message without any is rejected later.
     try:
-        properties, end = decode_properties_basic(buffer, offset)
-        return properties, end
+        return decode_properties_basic(buffer, offset)
     except Exception:  # bytes that are not UTF-8, a time out of range, ...
         return {}, offset
 
@@ -148,13 +146,12 @@ def check_message(message: Message) -> None:
     """Raise unless it is what the publisher sends, and nothing besides."""
     # Celery reads all as UTF-8. Headers with an x are the broker's own.
     ours = {name for name in message.headers if not name.startswith("x-")}
-    task, event_id = message.headers["task"], message.headers["id"]
-    found = message.content_encoding, ours, task
+    found = message.content_encoding, ours, message.headers["task"]
     if found != ("utf-8", {"lang", "task", "id"}, broker.TASK):
         raise ValueError("it is not what the publisher writes")
     _, kwargs, _ = message.payload
-    for each in (event_id, kwargs["event_id"], kwargs["order_id"]):
-        UUID(each)
+    for it in (message.headers["id"], kwargs["event_id"], kwargs["order_id"]):
+        UUID(it)
 
 
 @app.task(name=broker.TASK)
