@@ -29,9 +29,6 @@ WORKER_DEADLINE = 15.0  # seconds, for the worker and the relay
 STATEMENT_SHARE = 0.8  # of the deadline: a server that works ends it first
 MAX_CALLS = 100  # that share a trip
 AUTOCOMMIT: Any = {"isolation_level": "AUTOCOMMIT"}
-ASYNC = {"postgresql": "psycopg_async", "sqlite": "aiosqlite"}  # drivers
-
-# What is raised while the database is away; see `is_outage`.
 OUTAGES = (exc.InterfaceError, exc.OperationalError, exc.TimeoutError)
 
 
@@ -56,9 +53,9 @@ class Database:
 
     def __init__(self, url: str) -> None:
         """Prepare the engines; they connect when they are first used."""
-        scheme, _, rest = url.partition(":")
-        url = f"{scheme}+{ASYNC[scheme]}:{rest}"
-        self._sqlite = scheme == "sqlite"
+        self._sqlite = url.startswith("sqlite")
+        driver = "aiosqlite" if self._sqlite else "psycopg_async"
+        url = url.replace(":", f"+{driver}:", 1)
         # A statement is a transaction, unless it is one of several.
         sync_engine = create_sync_engine(url, API_DEADLINE, **AUTOCOMMIT)
         self.engine = engine = AsyncEngine(sync_engine)
@@ -191,7 +188,6 @@ class Batch(Generic[Question, Answer]):
         # last would wait for two time limits.
         while calls := self._waiting[:MAX_CALLS]:
             del self._waiting[:MAX_CALLS]
-            answers: Sequence[Answer | Exception]
             try:
                 answers = await self._trip([question for question, _ in calls])
             except Exception as error:
