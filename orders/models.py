@@ -94,6 +94,9 @@ def example(**values: Any) -> Any:
     return {"json_schema_extra": {"examples": [values]}}
 
 
+TEA = [{"name": "tea", "quantity": 3, "price": 4.5}]  # of OpenAPI's examples
+MOMENT = "2026-11-23T11:08:45.156771Z"
+SAMPLE = {"user_id": 1, "items": TEA, "total_price": 13.5, "status": "PENDING"}
 Text = Annotated[str, AfterValidator(storable)]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
 
@@ -133,11 +136,6 @@ class OrderItem(Schema):
     )
 
 
-TEA = [{"name": "tea", "quantity": 3, "price": 4.5}]  # of OpenAPI's examples
-MOMENT = "2026-11-23T11:08:45.156771Z"
-SAMPLE = {"user_id": 1, "items": TEA, "total_price": 13.5, "status": "PENDING"}
-
-
 class OrderCreate(Schema):
     """A wish for an order."""
 
@@ -167,6 +165,9 @@ STATUS: Any = sa.Enum(OrderStatus, name="orders_status_check", **TEXT)
 KIND: Any = sa.String(32)
 NEWEST = ("user_id", "created_at", "id")
 NEWEST_BY_STATUS = ("user_id", "status", "created_at", "id")
+NOT_DONE: Any = dict.fromkeys(
+    ("postgresql_where", "sqlite_where"), sa.text("processed_at IS NULL")
+)
 
 
 class Order(SQLModel, table=True):
@@ -206,11 +207,6 @@ class EventKind(StrEnum):
 
     NEW_ORDER = "new_order"
     STATUS_CHANGED = "status_changed"
-
-
-NOT_DONE: Any = dict.fromkeys(
-    ("postgresql_where", "sqlite_where"), sa.text("processed_at IS NULL")
-)
 
 
 class EventPublic(SQLModel):
