@@ -30,8 +30,6 @@ MENDS = {
     "rate_limit": "write such as 5/minute, or leave it empty to turn it off",
     "cors_origins": "write such as https://shop.example, with commas, or *",
 }
-# RFC 7518, section 3.2: a key is at least as long as the hash's output.
-MIN_SECRET_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)\Z")]
 
 
@@ -97,7 +95,8 @@ def load_settings(*, secret: bool = True) -> Settings:
         mend = MENDS.get(name, first["msg"])  # never the value: a password
         refuse_to_start(f"{name.upper()} is not usable: {mend}")
     key, algorithm = settings.jwt_secret_key, settings.jwt_algorithm
-    least, fault = MIN_SECRET_BYTES[algorithm], "is not set"
+    # RFC 7518, section 3.2: a key is at least as long as the hash's output.
+    least, fault = int(algorithm[2:]) // 8, "is not set"
     if key:
         fault = f"is a placeholder, or less than {least} bytes of {algorithm}"
     placeholder = re.match("(?i)change|replace|your|secret|example|<", key)
