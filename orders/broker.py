@@ -26,20 +26,14 @@ BROKER_TIMEOUT = 10  # seconds; heartbeat, and the longest wait for an answer
 
 # Publisher and worker declare the queues with these same arguments, or the
 # second to come is refused with a 406.
-QUEUE_ARGUMENTS: dict[str, dict[str, Any]] = {
-    DEAD_LETTERS: {"x-queue-type": "quorum", "x-max-length": 10_000},
-    QUEUE: {
-        "x-queue-type": "quorum",
-        "x-dead-letter-exchange": "",
-        "x-dead-letter-routing-key": DEAD_LETTERS,
-        # RabbitMQ 4 would give a message up after 20 deliveries.
-        "x-delivery-limit": 1000,
-    },
-    DELAY_QUEUE: {
-        "x-queue-type": "quorum",
-        "x-dead-letter-exchange": "",
-        "x-dead-letter-routing-key": QUEUE,
-    },
+QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
+FORWARDING = QUORUM | {"x-dead-letter-exchange": ""}
+TO = "x-dead-letter-routing-key"  # in that exchange, a queue's name
+QUEUE_ARGUMENTS = {
+    DEAD_LETTERS: QUORUM | {"x-max-length": 10_000},
+    # RabbitMQ 4 would give a message up after 20 deliveries.
+    QUEUE: FORWARDING | {TO: DEAD_LETTERS, "x-delivery-limit": 1000},
+    DELAY_QUEUE: FORWARDING | {TO: QUEUE},
 }
 
 
