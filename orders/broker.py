@@ -76,14 +76,13 @@ class Publisher:
     def deliver(self, events: Sequence[DueEvent]) -> None:
         """Publish the events, and have the broker confirm them all."""
         with self._opened() as channel:
+            # Not pika's blocking one, which flushes after each message.
+            publish = channel._impl.basic_publish
             for event in events:
                 properties, body = celery_message(event)
                 self._sent += 1
                 self._waiting.add(self._sent)
-                # Not pika's blocking one, which flushes after each message.
-                channel._impl.basic_publish(
-                    "", DELAY_QUEUE, body, properties, mandatory=True
-                )
+                publish("", DELAY_QUEUE, body, properties, mandatory=True)
             channel._flush_output(lambda: not self._waiting)
             if self._refused:
                 raise AMQPError("a queue is full, or gone")
