@@ -1,8 +1,7 @@
 """Cache orders so that a read is fast and never stale.
 
-Nothing is ever deleted. To invalidate is to write a tombstone, which reads as
-a miss and refuses to be filled; it is written before the commit, so that a
-crash after it leaves no old bytes, and again after it.
+Nothing is ever deleted: to invalidate is to write a tombstone, which reads as
+a miss and refuses to be filled. `service` says why before and after a commit.
 
 The cache is trusted for a second at a time: a keeper in each process extends
 it once Redis took the tombstone of every change, and a probe. While it is not

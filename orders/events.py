@@ -71,7 +71,6 @@ PROCESS = (
 
 def process_orders(engine: sa.Engine, requests: dict[UUID, str]) -> None:
     """Process new orders, by their events and the requests that made them."""
-    # The worker and the embedded mode both end here.
     done = {"ids": [*requests], "moment": now()}
     with engine.begin() as connection:
         processed = connection.execute(PROCESS, done).all()

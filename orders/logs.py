@@ -29,8 +29,7 @@ FORMS: dict[str, logging.Formatter] = {
         timestamp="time",
     ),
 }
-# Who says less than the rest: what would repeat our own lines, or come at
-# each try to connect.
+# What would repeat our own lines, or come at each try to connect.
 LEVELS = {"alembic": "WARNING", "pika": "CRITICAL", "psycopg": "ERROR"}
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
