@@ -158,14 +158,13 @@ class RedisCache:
 
     async def invalidate(self, order_id: UUID) -> None:
         """Write a tombstone, or lose the trust: then the keepers write it."""
-        if not self._run:
-            return
-        key = self._key(order_id)
-        # Who refuses may be a replica by now, and another epoch begun.
-        try:
-            await self._batch.ask(("SET", key, "", "EX", TOMBSTONE_TTL))
-        except RedisAway as refused:
-            await self._lose(refused)
+        if self._run:
+            key = self._key(order_id)
+            # Who refuses may be a replica by now, and another epoch begun.
+            try:
+                await self._batch.ask(("SET", key, "", "EX", TOMBSTONE_TTL))
+            except RedisAway as refused:
+                await self._lose(refused)
 
     async def prove(
         self, changed: Iterable[UUID], *, began: float, complete: bool
