@@ -58,9 +58,6 @@ class Publisher:
         self._parameters.stack_timeout = BROKER_TIMEOUT
         self._connection: Any = None
         self._channel: Any = None
-        self._sent = 0  # messages, through this channel
-        self._waiting: set[int] = set()  # their numbers, till confirmed
-        self._refused = False  # one of them, by the broker or by all queues
 
     def is_idle(self) -> bool:
         """Return whether no message is ready in the queues."""
@@ -103,8 +100,10 @@ class Publisher:
                 channel: Any = self._connection.channel()
                 for queue, given in QUEUE_ARGUMENTS.items():
                     channel.queue_declare(queue, durable=True, arguments=given)
+                self._sent = 0  # messages, through this channel
+                self._waiting = set[int]()  # their numbers, till confirmed
+                self._refused = False  # one, by the broker or by all queues
                 # pika's own confirms wait for each message: go below them.
-                self._sent, self._waiting, self._refused = 0, set(), False
                 channel._impl.confirm_delivery(self._note_confirm)
                 channel._impl.add_on_return_callback(self._note_return)
                 self._channel = channel
