@@ -243,4 +243,4 @@ class Keeper:
             self._database.outage.report(error)
             return None
         self._invalidated.clear()
-        return dict(found.tuples().all())
+        return dict(found.all())
