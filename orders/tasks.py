@@ -78,7 +78,8 @@ look_alive()  # before anything that may wait
 # At each reconnect it says that the lost connection cannot be cleaned up.
 logging.getLogger("celery.worker.loops").setLevel("CRITICAL")
 # Celery's own delay, which is not used, would declare 28 queues.
-DelayedDelivery.include_if = lambda *_: False  # type: ignore[method-assign]
+unused: Any = DelayedDelivery
+unused.include_if = lambda *_: False
 # To Celery a wrong password is no outage, and ends the worker.
 Transport.recoverable_connection_errors += (AccessRefused,)
 
