@@ -98,8 +98,8 @@ class QuickRead(APIRoute):
             order_id = request.path_params["order_id"]
             if not ID.fullmatch(order_id):
                 return await solve(request)
-            parts = request.state.parts
-            user_id = parts.accounts.verify(await bearer(request))
+            parts = await parts_of(request)
+            user_id = await caller_of(parts, await bearer(request))
             known = request.headers.get("If-None-Match")
             return await self.endpoint(UUID(order_id), user_id, parts, known)
 
