@@ -158,13 +158,14 @@ class RedisCache:
 
     async def invalidate(self, order_id: UUID) -> None:
         """Write a tombstone, or lose the trust: then the keepers write it."""
-        if self._run:
-            key = self._key(order_id)
-            # Who refuses may be a replica by now, and another epoch begun.
-            try:
-                await self._batch.ask(("SET", key, "", "EX", TOMBSTONE_TTL))
-            except RedisAway as refused:
-                await self._lose(refused)
+        if not self._run:
+            return
+        key = self._key(order_id)
+        # Who refuses may be a replica by now, and another epoch begun.
+        try:
+            await self._batch.ask(("SET", key, "", "EX", TOMBSTONE_TTL))
+        except RedisAway as refused:
+            await self._lose(refused)
 
     async def prove(
         self, changed: Iterable[UUID], *, began: float, complete: bool
@@ -210,10 +211,10 @@ class RedisCache:
             await self._connection.send_packed_command(packed)
             return [await self._read() for _ in commands]
         except (Exception, asyncio.CancelledError) as error:
-            late.cancel()
-            raise await self._lose(error) from error
+            reason = error
         finally:
-            late.cancel()
+            late.cancel()  # nor may it interrupt what ends the connection
+        raise await self._lose(reason) from reason
 
     async def _read(self) -> Any:
         """Return the next answer, or the exception of who is refused."""
