@@ -47,7 +47,7 @@ DUE = (
     sa.select(EVENTS.c.id)
     .where(EVENTS.c.kind == EventKind.NEW_ORDER, NOT_DONE)
     .where(EVENTS.c.due_at.between(sa.bindparam("since"), sa.bindparam("til")))
-    .where(EVENTS.c.attempts <= sa.bindparam("attempts"))
+    .where((EVENTS.c.attempts == 0) | sa.bindparam("again"))
     .order_by(EVENTS.c.due_at)
     .limit(BATCH)
     .with_for_update(skip_locked=True)
@@ -62,7 +62,7 @@ CLAIM = (
 # The condition makes the effect happen once, however often an event arrives.
 PROCESS = (
     EVENTS.update()
-    .where(EVENTS.c.id.in_(sa.bindparam("ids", expanding=True)))
+    .where(EVENTS.c.id.in_(sa.bindparam("ids")))
     .where(EVENTS.c.kind == EventKind.NEW_ORDER, NOT_DONE)
     .values(processed_at=sa.bindparam("moment"))
     .returning(EVENTS.c.id, EVENTS.c.order_id)
@@ -139,8 +139,7 @@ class Relay(threading.Thread):
             idle = self._publisher.is_idle()
         sweeps = time.monotonic() >= self._sweep_at
         since = ALWAYS if sweeps else until - LOOK_BACK
-        attempts = 2**31 - 1 if sweeps and idle else 0  # any number, or none
-        due = {"since": since, "til": until, "attempts": attempts}
+        due = {"since": since, "til": until, "again": sweeps and idle}
         due["lease"] = now() + LEASE
         with self._engine.begin() as connection:
             rows = connection.execute(CLAIM, due).all()
