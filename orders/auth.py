@@ -128,7 +128,7 @@ class Accounts:
             email = canonical_email(email)
         except ValueError:
             email = ""  # is nobody's
-        named = USERS.select().where(USERS.c.email == email)
+        named = USERS.select().filter_by(email=email)
         async with self._database.engine.connect() as connection:
             user = (await connection.execute(named)).first()
         hashed = user.hashed_password if user else DUMMY_HASH
