@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -161,7 +162,7 @@ def process_new_orders() -> None:
     size = BATCH
     while waiting and state.should_stop is None:
         messages = [waiting[n] for n in range(min(size, len(waiting)))]
-        settle: Any = Message.ack
+        settle: Any = partial(Message.ack, multiple=True)
         try:
             calls = [message.payload[1] for message in messages]
             requests = {UUID(it["event_id"]): it["request_id"] for it in calls}
@@ -177,7 +178,7 @@ def process_new_orders() -> None:
                 continue
             logger.exception("Rejected a message that failed")
             settle, size = Message.reject, BATCH
-        for message in messages:
+        for _ in messages:
             waiting.popleft()
-            with suppress(OSError, AMQPError):  # else it comes again
-                settle(message)
+        with suppress(OSError, AMQPError):  # else they come again
+            settle(messages[-1])  # for all until here, which are in order

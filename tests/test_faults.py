@@ -677,8 +677,10 @@ def test_a_bad_order_fails_alone(production, run):
         orders = [str(order_id) for _, order_id in good]
         servers.wait_until(lambda: journal.processed(orders), 10)
         servers.wait_until(lambda: ready_in(channel, DEAD_LETTERS) == 1, 10)
-    worker.stop()
+        worker.stop()
+        left = ready_in(channel, QUEUE)
 
+    assert left == 0
     unprocessed = "SELECT id FROM events WHERE processed_at IS NULL"
     assert journal.query(unprocessed) == [(bad,)]
     assert worker.text().count(" processed\n") == len(good)
