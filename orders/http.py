@@ -103,13 +103,14 @@ class Frame:
     """What is around every call; CORS is between its two parts."""
 
     def __init__(
-        self, app: ASGIApp, limiter: RateLimiter, origins: tuple[str, ...]
+        self, app: ASGIApp, limiter: RateLimiter, origins: str
     ) -> None:
         """Wrap `app`."""
         self._app, self._limiter = app, limiter
+        allowed = origins.replace(",", " ").split()
         methods = ["GET", "HEAD", "POST", "PATCH"]
         every: Any = {"allow_headers": ["*"], "expose_headers": ["*"]}
-        self._cors = CORSMiddleware(self._admit, origins, methods, **every)
+        self._cors = CORSMiddleware(self._admit, allowed, methods, **every)
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send

@@ -9,13 +9,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import dotenv
 import limits
 import pydantic
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_FILE = Path(".env")
 # After the scheme: a user, a host, a port, and the rest. No other @ or :
@@ -30,7 +30,7 @@ MENDS = {
     "rate_limit": "write such as 5/minute, or leave it empty to turn it off",
     "cors_origins": "write such as https://shop.example, with commas, or *",
 }
-Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)\Z")]
+ORIGIN = r"(\*|https?://[^/\s,]+)"
 
 
 class Settings(BaseSettings):
@@ -61,7 +61,9 @@ class Settings(BaseSettings):
     rate_limit: str = Field(
         default_factory=lambda: os.environ.get("RATE_LIMIT", "5/minute")
     )
-    cors_origins: Annotated[tuple[Origin, ...], NoDecode] = ("*",)
+    cors_origins: str = Field(
+        default="*", pattern=rf"^{ORIGIN}([\s,]+{ORIGIN})*\Z"
+    )
     forwarded_allow_ips: str = ""
     log_format: Literal["text", "json"] = "text"
 
@@ -72,12 +74,6 @@ class Settings(BaseSettings):
         if text and not all(limit.amount for limit in limits.parse_many(text)):
             raise ValueError
         return text
-
-    @field_validator("cors_origins", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        """Read what is separated by commas."""
-        return re.split(r"[\s,]+", value) if isinstance(value, str) else value
 
 
 def load_settings(*, secret: bool = True) -> Settings:

@@ -659,6 +659,21 @@ def test_a_stranger_may_read_answers_but_gets_no_credentials(client):
     assert "access-control-allow-credentials" not in answer.headers
 
 
+def test_only_a_named_origin_may_read_answers(settings):
+    """Several are named with commas, with spaces or without."""
+    origins = ["https://a.example", "http://b.example:8080", "https://c.d"]
+    app = create_app(replace(settings, cors_origins=", ".join(origins)))
+    with TestClient(app) as client:
+        allowed = [
+            client.get("/health", headers={"Origin": origin}).headers.get(
+                "access-control-allow-origin"
+            )
+            for origin in [*origins, "https://x.example"]
+        ]
+
+    assert allowed == [*origins, None]
+
+
 def test_unknown_addresses_and_methods_get_a_hint(client):
     """Every error is JSON with a detail."""
     assert "/docs" in client.get("/nowhere").json()["detail"]

@@ -55,7 +55,7 @@ def test_nothing_but_a_secret_is_needed(load):
     assert settings.redis_url is settings.rabbitmq_url is None
     assert settings.app_host == "127.0.0.1"
     assert settings.rate_limit == "5/minute"
-    assert settings.cors_origins == ("*",)
+    assert settings.cors_origins == "*"
 
 
 def test_what_is_empty_counts_as_unset(load):
@@ -88,7 +88,7 @@ def test_the_env_file_fills_what_the_environment_leaves(load):
     assert settings.app_port == 8001
     assert settings.app_host == "127.0.0.2"
     assert settings.jwt_expire_minutes == 7
-    assert settings.cors_origins == ("https://a.example", "*")
+    assert settings.cors_origins == "https://a.example, *"
     assert os.environ["OTEL_SERVICE_NAME"] == "shop"
 
 
@@ -124,6 +124,9 @@ def test_the_env_file_fills_what_the_environment_leaves(load):
         ("RATE_LIMIT", "banana"),
         ("RATE_LIMIT", "0/minute"),
         ("CORS_ORIGINS", "shop"),
+        ("CORS_ORIGINS", "https://shop.example/"),
+        ("CORS_ORIGINS", "https://shop.example, shop"),
+        ("CORS_ORIGINS", "https://shop.example,"),
     ],
 )
 def test_a_senseless_value_is_refused_by_name(refusal, name, value):
