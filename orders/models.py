@@ -57,9 +57,8 @@ class Refusal(Exception):
 
 
 class Schema(SQLModel):
-    """The base of what a client sends."""
+    """What a client sends; SQLModel itself fails at a key named `cls`."""
 
-    # SQLModel's own fails where a body has a key `cls`, or the like.
     __init__ = pydantic.BaseModel.__init__
 
 
@@ -143,8 +142,7 @@ class OrderCreate(Schema):
 
     items: list[OrderItem] = Field(min_length=1, max_length=100)
     total_price: Number | None = Field(
-        default=None,
-        description="Optional; refused if it is not the sum of the items",
+        None, description="Optional; refused if it is not the items' sum"
     )
 
     @model_validator(mode="after")

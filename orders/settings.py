@@ -41,29 +41,23 @@ class Settings(BaseSettings):
     )
 
     database_url: str = Field(
-        default="sqlite:///orders.db",
+        "sqlite:///orders.db",
         repr=False,
         pattern=rf"^(postgresql{URL}|sqlite:///(?!.*:memory:)[^?])",
     )
-    redis_url: str | None = Field(
-        default=None, repr=False, pattern=f"^rediss?{URL}"
-    )
-    rabbitmq_url: str | None = Field(
-        default=None, repr=False, pattern=f"^amqps?{URL}"
-    )
+    redis_url: str | None = Field(None, repr=False, pattern=f"^rediss?{URL}")
+    rabbitmq_url: str | None = Field(None, repr=False, pattern=f"^amqps?{URL}")
     jwt_algorithm: Literal["HS256", "HS384", "HS512"] = "HS256"
-    jwt_secret_key: str = Field(default="", repr=False)
-    jwt_expire_minutes: int = Field(default=30, ge=1, le=525_600)
+    jwt_secret_key: str = Field("", repr=False)
+    jwt_expire_minutes: int = Field(30, ge=1, le=525_600)
     app_host: str = "127.0.0.1"
-    app_port: int = Field(default=8000, ge=1, le=65_535)
-    web_concurrency: int = Field(default=1, ge=1, le=64)  # uvicorn's name
+    app_port: int = Field(8000, ge=1, le=65_535)
+    web_concurrency: int = Field(1, ge=1, le=64)  # uvicorn's name
     # Here, empty is not unset: it turns the limit off.
     rate_limit: str = Field(
         default_factory=lambda: os.environ.get("RATE_LIMIT", "5/minute")
     )
-    cors_origins: str = Field(
-        default="*", pattern=rf"^{ORIGIN}([\s,]+{ORIGIN})*\Z"
-    )
+    cors_origins: str = Field("*", pattern=rf"^{ORIGIN}([\s,]+{ORIGIN})*\Z")
     forwarded_allow_ips: str = ""
     log_format: Literal["text", "json"] = "text"
 
