@@ -86,14 +86,13 @@ def load_settings(*, secret: bool = True) -> Settings:
         refuse_to_start(f"{name.upper()} is not usable: {mend}")
     key, algorithm = settings.jwt_secret_key, settings.jwt_algorithm
     # RFC 7518, section 3.2: a key is at least as long as the hash's output.
-    least, fault = int(algorithm[2:]) // 8, "is not set"
-    if key:
-        fault = f"is a placeholder, or less than {least} bytes of {algorithm}"
+    least = int(algorithm[2:]) // 8
     placeholder = re.match("(?i)change|replace|your|secret|example|<", key)
     # Its absence is no fault for a migration.
     if (key or secret) and (placeholder or len(key.encode()) < least):
         refuse_to_start(
-            f"JWT_SECRET_KEY {fault}: put the output of `openssl rand -hex"
+            f"JWT_SECRET_KEY is not set, a placeholder, or less than {least}"
+            f" bytes of {algorithm}: put the output of `openssl rand -hex"
             f" {least}` there, or remove .env: `uv run orders` writes one"
         )
     return settings
