@@ -116,11 +116,10 @@ class Accounts:
         hashed = await self._hash(passwords.hash, draft.password)
         user = USERS.insert().values(email=draft.email, hashed_password=hashed)
         try:
-            async with self._database.engine.connect() as connection:
-                user_id = await connection.scalar(user.returning(USERS.c.id))
+            made = await self._database.execute(user.returning(USERS.c.id))
         except IntegrityError:
             raise Refusal("email-taken") from None
-        return UserPublic(id=user_id, email=draft.email)
+        return UserPublic(id=made.scalar_one(), email=draft.email)
 
     async def log_in(self, email: str, password: str) -> Token:
         """Return a token; refuse an unknown user or password."""
@@ -129,8 +128,7 @@ class Accounts:
         except ValueError:
             email = ""  # is nobody's
         named = USERS.select().filter_by(email=email)
-        async with self._database.engine.connect() as connection:
-            user = (await connection.execute(named)).first()
+        user = (await self._database.execute(named)).first()
         hashed = user.hashed_password if user else DUMMY_HASH
         matches = await self._hash(passwords.verify, password, hashed)
         if user is None or not matches:

@@ -65,14 +65,18 @@ class Database:
         self.aside = AsyncEngine(create_sync_engine(url, API_DEADLINE))
         self.outage = Outage(__name__, "The database")
 
+    async def execute(self, sql: sa.Executable, *given: Any) -> sa.Result[Any]:
+        """Return the result of a statement, which commits by itself."""
+        async with self.engine.connect() as connection:
+            return await connection.execute(sql, *given)
+
     async def ping(self) -> None:
         """Raise unless the database answers and takes writes."""
         # SQLite learns that its disk is full only when it writes; a read-only
         # PostgreSQL refuses what changes nothing, too.
         ask = "UPDATE alembic_version SET version_num = version_num"
         which = "" if self._sqlite else " WHERE false"
-        async with self.engine.connect() as connection:
-            await connection.execute(sa.text(ask + which))
+        await self.execute(sa.text(ask + which))
 
     async def close(self) -> None:
         """Close the pooled connections."""

@@ -93,8 +93,7 @@ class OrderService:
             last = sa.select(*PLACE).filter_by(id=after, user_id=user_id)
             page = page.where(sa.tuple_(*PLACE) < last.scalar_subquery())
         page = page.order_by(*(part.desc() for part in PLACE)).limit(limit + 1)
-        async with self._database.engine.connect() as connection:
-            rows = (await connection.execute(page)).all()
+        rows = (await self._database.execute(page)).all()
         views = [OrderView.of(row) for row in rows[:limit]]
         return views, rows[limit - 1].id if len(rows) > limit else None
 
@@ -129,8 +128,7 @@ class OrderService:
         await self.get(user_id, order_id)
         events = EVENTS.select().filter_by(order_id=order_id)
         events = events.order_by(EVENTS.c.created_at)
-        async with self._database.engine.connect() as connection:
-            return (await connection.execute(events)).all()
+        return (await self._database.execute(events)).all()
 
     async def _insert(self, drafts: list[Draft]) -> Sequence[bool | Exception]:
         """Write orders with their events; return which of them are new."""
@@ -154,9 +152,8 @@ class OrderService:
 
     async def _select(self, order_ids: list[UUID]) -> Sequence[Any]:
         """Return the rows of orders, None for each that is not there."""
-        async with self._database.engine.connect() as connection:
-            found = await connection.execute(READ, {"ids": order_ids})
-            rows = {row.id: row for row in found}
+        found = await self._database.execute(READ, {"ids": order_ids})
+        rows = {row.id: row for row in found}
         return [rows.get(order_id) for order_id in order_ids]
 
 
