@@ -30,6 +30,7 @@ PLACE = ORDERS.c.created_at, ORDERS.c.id  # of an order in the list
 # The statements that many calls share are built once. SQLite has PostgreSQL's
 # clause, too.
 CREATE = insert(ORDERS).on_conflict_do_nothing().returning(ORDERS.c.id)
+PAGE = ORDERS.select().order_by(*(part.desc() for part in PLACE))
 READ = ORDERS.select().where(ORDERS.c.id.in_(sa.bindparam("ids")))
 
 logger = logging.getLogger(__name__)
@@ -86,13 +87,12 @@ class OrderService:
         self, user_id: int, limit: int, after: UUID | None, status: str | None
     ) -> tuple[list[OrderView], UUID | None]:
         """Return a page, newest first, and its last id if there are more."""
-        page = ORDERS.select().filter_by(user_id=user_id)
+        page = PAGE.filter_by(user_id=user_id).limit(limit + 1)
         if status is not None:
             page = page.filter_by(status=status)
         if after is not None:
             last = sa.select(*PLACE).filter_by(id=after, user_id=user_id)
             page = page.where(sa.tuple_(*PLACE) < last.scalar_subquery())
-        page = page.order_by(*(part.desc() for part in PLACE)).limit(limit + 1)
         rows = (await self._database.execute(page)).all()
         views = [OrderView.of(row) for row in rows[:limit]]
         return views, rows[limit - 1].id if len(rows) > limit else None
