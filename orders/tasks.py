@@ -86,10 +86,9 @@ Transport.recoverable_connection_errors += (AccessRefused,)
 
 
 class StrictConsumer(Consumer):
-    """Celery's consumer, with malformed messages dead-lettered."""
+    """Celery's consumer, which dead-letters what a stock one dies of."""
 
-    # A stock worker dies of a message whose task is a list or which lacks an
-    # id (celery#7975, #4308, #5204), and again after each restart.
+    # Such as a task that is a list, or no id: celery#7975, #4308, #5204.
 
     def ensure_connected(self, conn: Any) -> Any:
         """Connect soon after the broker's return, and look alive."""
