@@ -58,14 +58,13 @@ def banner(settings: Settings) -> str:
     """Return what a person wants to know first."""
     host = settings.app_host.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
     url = f"http://{host}:{settings.app_port}"
-    redis, rabbitmq = settings.redis_url, settings.rabbitmq_url
     limit = settings.rate_limit or "none"
     return f"""
   orders    {url}
   docs      {url}/docs
   database  {settings.database_url.split(":")[0]}
-  cache     {"redis" if redis else "in process"}
-  events    {"rabbitmq, to a Celery worker" if rabbitmq else "in process"}
+  cache     {"redis" if settings.redis_url else "in process"}
+  events    {"rabbitmq" if settings.rabbitmq_url else "in process"}
   limit     {limit}; `RATE_LIMIT= uv run orders` lifts it
 """
 

@@ -29,8 +29,7 @@ CACHE_TTL = 300  # seconds
 TOMBSTONE_TTL = 10  # seconds
 MAX_FILL_AGE = 5  # seconds; well under TOMBSTONE_TTL
 TRUST = 1.0  # seconds
-# A read has the database to fall back on; a change holds a connection to it
-# meanwhile, which others wait for:
+# A change holds a connection to the database meanwhile, which others want:
 TRIP_TIMEOUT = 0.2  # seconds; well under db.POOL_TIMEOUT
 CONNECT_TIMEOUT = 1.0  # seconds; only the keeper connects
 MEMORY_SIZE = 32 * 1024 * 1024  # bytes of the embedded cache

@@ -50,9 +50,7 @@ class OrderService:
     async def create(
         self, user_id: int, draft: OrderCreate, *, key: str | None = None
     ) -> tuple[UUID, OrderView, bool]:
-        """Keep a new order; return its id, it, and if it was there before."""
-        # With an idempotency key, the same draft yields the same order again;
-        # another draft under the same key is refused.
+        """Keep a new order; return its id, it, and if its key had made it."""
         name = f"{user_id}:{key}"
         order: Row = {  # in the order of the table's columns
             "id": uuid5(KEY_NAMESPACE, name) if key else uuid4(),

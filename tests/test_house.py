@@ -27,7 +27,7 @@ LADDER = [
     if line.split()[1:] and (PACKAGE / f"{line.split()[0]}.py").exists()
 ]
 MAX_MODULES = 13
-MAX_LINES = 2520  # of all modules together
+MAX_LINES = 2500  # of all modules together
 LONGEST_MODULE = 350  # lines
 LONGEST_FUNCTION = 40  # lines, with its docstring
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
