@@ -64,7 +64,7 @@ def banner(settings: Settings) -> str:
   docs      {url}/docs
   database  {settings.database_url.split(":")[0]}
   cache     {"redis" if settings.redis_url else "in process"}
-  events    {"rabbitmq" if settings.rabbitmq_url else "in process"}
+  events    {"rabbitmq, to Celery" if settings.rabbitmq_url else "in process"}
   limit     {limit}; `RATE_LIMIT= uv run orders` lifts it
 """
 
