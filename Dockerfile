@@ -20,8 +20,8 @@ RUN uv sync --locked --no-dev
 RUN echo orders:x:10001: >> /etc/group && install -d -o 10001 -g 10001 /data
 USER 10001:10001
 
-# Alone, it keeps .env and orders.db here: mount a volume. No VOLUME, which
-# would leave an anonymous one behind each container.
+# A single container keeps .env and orders.db here: mount a volume. A VOLUME
+# would leave an anonymous volume behind each container.
 WORKDIR /data
 ENV UV_PROJECT=/app \
     UV_NO_SYNC=1 \
@@ -30,8 +30,9 @@ ENV UV_PROJECT=/app \
     HOME=/tmp \
     PYTHONUNBUFFERED=1
 EXPOSE 8000
-# An API that accepts the call but does not answer for a minute hangs: killed,
-# it is restarted. One that refuses it is starting or stopping.
+# An API that accepts a call and does not answer for a minute hangs: it is
+# killed, and Docker starts the container again. An API that refuses the call
+# is starting or stopping, and is left alone.
 HEALTHCHECK --interval=30s --timeout=75s --start-period=2m --start-interval=2s \
     CMD timeout 60 wget -q -O /dev/null http://127.0.0.1:${APP_PORT:-8000}/health || { [ $? = 143 ] && kill -9 -1; exit 1; }
 CMD ["uv", "run", "orders"]
