@@ -1,7 +1,15 @@
+<%
+    # Only what the migration uses is imported: ruff refuses the rest.
+    body = f"{context.get('upgrades')} {context.get('downgrades')}"
+%>\
 """${message}."""
 
+% if "sa." in body:
 import sqlalchemy as sa
-import sqlmodel
+% endif
+% if "sqlmodel." in body:
+import sqlmodel.sql.sqltypes
+% endif
 from alembic import op
 ${imports if imports else ""}
 revision = ${repr(up_revision)}

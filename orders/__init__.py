@@ -2,23 +2,19 @@
 
 Read it in this order; each file imports only from those above it:
 
-settings  the only reader of the environment
-logs      one readable line an event
-db        engines, sessions, and calls that share round trips
-models    orders and events: tables, schemas, the state machine, errors
-auth      users: their table, passwords, tokens
-cache     the order cache: Redis, or in memory
-broker    the relay's way to RabbitMQ
-events    the outbox: its relay, its processing, the keeper of the cache
-service   the use cases: create, get, list, change status
-http      around every call: ids, limits, errors as answers
-tasks     the Celery app and its one task
-api       routes and the app, where everything is wired
-__main__  `uv run orders`: first-run set-up, migrate, serve
+settings    read from the environment, or refused at the start
+logs        readable lines, or JSON
+db          engines, sessions, and calls that share round trips
+models      orders and events: tables, schemas, the state machine
+problems    the errors, and how they are answered
+handlers    what each event sets off: your own work goes here
+cache       the order cache: Redis, or in memory
+broker      the publisher: the relay's way to RabbitMQ
+events      the outbox: its relay, and the keeper of the cache
+auth        users: their table, passwords, tokens, routes
+service     the use cases: create, get, list, change status
+middleware  around every call: ids, paths, limits, sizes, failures
+tasks       the Celery app: a task for each handler
+api         the routes of orders, and the app, where all is wired
+__main__    `uv run orders`: first-run set-up, migrate, serve
 """
-
-import gc
-import sys
-
-gc.set_threshold(20_000, 20, 50)  # cycles are rare, the search is slow
-sys.setswitchinterval(0.001)  # seconds; else calls wait for the relay's thread

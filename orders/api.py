@@ -1,13 +1,15 @@
-"""The HTTP API: the routes, and the app in which everything is wired.
+"""The HTTP API: the routes of orders, and the app, where all is wired.
 
 Routes translate between HTTP and the use cases; they hold no SQL.
 """
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import re
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Annotated, Any, cast
@@ -16,299 +18,333 @@ from uuid import UUID
 from fastapi import Depends, FastAPI, Header, Path, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from fastapi.routing import APIRoute
-from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from fastapi_offline import FastAPIOffline
 from starlette.routing import Route
 
-from orders import auth, db, http, models
+from orders import auth, db, middleware
+from orders.auth import UserId, current_user
 from orders.broker import Publisher
-from orders.cache import MemoryCache, OrderView, RedisCache
+from orders.cache import MemoryCache, NoCache, OrderView, RedisCache
 from orders.events import Keeper, Relay
 from orders.logs import PROBES, configure_logging
-from orders.models import Order, OrderStatus
-from orders.service import OrderService
+from orders.models import (
+    EventPublic,
+    OrderCreate,
+    OrderPublic,
+    OrderStatus,
+    StatusChange,
+    etag_of,
+    statuses_in,
+)
+from orders.problems import (
+    ANSWERS,
+    TAGS,
+    Problem,
+    describe,
+    new_router,
+    with_headers,
+)
+from orders.service import OrderService, Readiness, check_readiness
 from orders.settings import Settings, load_settings
 
-STOP_TIMEOUT = 1.5  # seconds that the relay, and the keeper, get to finish
-ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-FORM = 1  # of Order; another form, another ETag
+END_TIMEOUT = 1.5  # seconds that the relay, and the keeper, get to finish
+CANONICAL_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 logger = logging.getLogger(__name__)
 
+# --- Services ---------------------------------------------------------------
 
-class Parts:
-    """What an app is made of; nothing connects before it runs."""
+
+class Services:
+    """What an app is made of; nothing connects before the app runs."""
 
     def __init__(self, settings: Settings) -> None:
         """Choose each part by its URL."""
-        self.settings = settings
         self.database = db.Database(settings.database_url)
-        shared = RedisCache(settings.redis_url) if settings.redis_url else None
-        self.cache = shared or MemoryCache()
-        self.limiter = http.RateLimiter(settings.rate_limit, shared)
+        redis = RedisCache(settings.redis_url) if settings.redis_url else None
+        # With `WEB_CONCURRENCY` the processes are children of a process that
+        # manages them.
+        is_alone = multiprocessing.parent_process() is None
+        self.cache = redis or (MemoryCache() if is_alone else NoCache())
+        if not redis and not is_alone:
+            logger.warning(
+                "Without REDIS_URL, a process that another one started has"
+                " no cache, and counts calls by itself"
+            )
+        if not settings.staff:
+            logger.info(
+                "Anyone may mark their own order paid: no STAFF_USER_IDS"
+            )
+        self.limiter = middleware.RateLimiter(settings.rate_limit, redis)
         self.accounts = auth.Accounts(self.database, settings)
-        self.orders = OrderService(self.database, self.cache)
-        url, broker = settings.database_url, settings.rabbitmq_url
-        engine = db.create_sync_engine(url, db.WORKER_DEADLINE)
-        publisher = Publisher(broker) if broker else None
+        self.orders = OrderService(self.database, self.cache, settings.staff)
+        engine = db.create_sync_engine(
+            settings.database_url, db.WORKER_DEADLINE
+        )
+        url = settings.rabbitmq_url
+        publisher = Publisher(url) if url else None
         self.relay = Relay(engine, publisher, self.database.outage)
 
 
-async def parts_of(request: Request) -> Parts:
-    """Return the parts of the app that was called."""
-    return cast(Parts, request.state.parts)
+async def get_services(request: Request) -> Services:
+    """Return the services of the app that was called."""
+    return cast(Services, request.state.services)
 
 
-PartsDep = Annotated[Parts, Depends(parts_of)]
-bearer = OAuth2PasswordBearer("token/", auto_error=False)
-
-
-async def caller_of(
-    parts: PartsDep, token: Annotated[str | None, Depends(bearer)]
-) -> int:
-    """Return the id of the user whose token was sent."""
-    return parts.accounts.verify(token)
-
-
-UserId = Annotated[int, Depends(caller_of)]
-FormDep = Annotated[OAuth2PasswordRequestForm, Depends()]
+ServicesDep = Annotated[Services, Depends(get_services)]
 OrderId = Annotated[UUID, Path(description="From the answer that made it")]
-IdOfUser = Annotated[int, Path(description="Your own, from logging in")]
-Limit = Annotated[int, Query(ge=1, le=100, description="Orders on a page")]
-Cursor = Query(description="The id of the last page's last order")
-Status = Query(description="Only orders in this status")
-IfMatch = Header(alias="If-Match", description="Change only this version")
-IfNoneMatch = Header(alias="If-None-Match", description="304 to this version")
-IdempotencyKey = Header(
+OwnUserId = Annotated[int, Path(description="Your own; any, for staff")]
+PageSize = Annotated[int, Query(ge=1, le=100, description="Orders on a page")]
+CURSOR = Query(description="The id of the last page's last order")
+IN_STATUS = Query(description="Only orders in this status")
+IF_MATCH = Header(alias="If-Match", description="Change only this version")
+IF_NONE_MATCH = Header(
+    alias="If-None-Match", description="304 if this is still the version"
+)
+IDEMPOTENCY_KEY = Header(
     alias="Idempotency-Key",
     pattern=r"^[\x21-\x7e]{1,255}$",
-    description="What is sent again is made once; keys never expire",
+    description="A create sent again is made once, while its order is kept",
+)
+
+# --- Routes -----------------------------------------------------------------
+
+ORDER_ERRORS = (400, 401, 403, 404, 409, 412, 413, 422, 429, 503)
+orders_router = new_router("orders", *ORDER_ERRORS, prefix="/orders")
+probes_router = new_router("service")
+
+# What answers a call, as FastAPI types it.
+Handle = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class CachedReadRoute(APIRoute):
+    """The route of the one call that the cache makes fast.
+
+    FastAPI describes it. But FastAPI spends more time on finding parameters
+    than all the rest takes, so that this route finds those of `get_order`.
+    """
+
+    def get_route_handler(self) -> Handle:
+        """Return what answers a call."""
+        handle_by_fastapi = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            """Call the endpoint with the arguments that FastAPI would give."""
+            order_id = request.path_params["order_id"]
+            if not CANONICAL_ID.fullmatch(order_id):
+                return await handle_by_fastapi(request)
+            response: Response = await self.endpoint(
+                order_id=UUID(order_id),
+                user_id=await current_user(request),
+                services=await get_services(request),
+                if_none_match=request.headers.get("If-None-Match"),
+            )
+            return response
+
+        return handle
+
+
+cached_router = new_router(
+    "orders", *ORDER_ERRORS, prefix="/orders", route_class=CachedReadRoute
 )
 
 
-class QuickRead(APIRoute):
-    """The hot route: FastAPI describes it, but would solve it too slowly."""
-
-    def get_route_handler(self) -> Any:
-        """Return what answers a call; FastAPI does if its id is unusual."""
-        solve = super().get_route_handler()
-
-        async def read(request: Request) -> Any:
-            """Call the endpoint with what FastAPI would give it."""
-            order_id = request.path_params["order_id"]
-            if not ID.fullmatch(order_id):
-                return await solve(request)
-            parts = await parts_of(request)
-            user_id = await caller_of(parts, await bearer(request))
-            known = request.headers.get("If-None-Match")
-            return await self.endpoint(UUID(order_id), user_id, parts, known)
-
-        return read
-
-
-users = http.router("users", 400, 401, 409, 413, 422, 429, 503)
-every = 400, 401, 403, 404, 409, 412, 413, 422, 429, 503
-own = http.router("orders", *every, prefix="/orders")
-hot: Any = {"route_class": QuickRead, "max_body_size": None}  # it reads none
-quick = http.router("orders", *every, prefix="/orders", **hot)
-probes = http.router("service")
-
-
-@users.post("/register/", status_code=201)
-async def register(draft: auth.UserCreate, parts: PartsDep) -> auth.UserPublic:
-    """Register a user."""
-    return await parts.accounts.register(draft)
-
-
-@users.post("/token/")
-async def login(
-    form: FormDep, parts: PartsDep, response: Response
-) -> auth.Token:
-    """Log in with the OAuth2 password flow; the username is the e-mail."""
-    response.headers.update(auth.NO_STORE)
-    return await parts.accounts.log_in(form.username, form.password)
-
-
-@own.post("/", status_code=201, response_model=Order)
+@orders_router.post(
+    "/",
+    status_code=201,
+    response_model=OrderPublic,
+    responses={201: with_headers("Location", "ETag", "Idempotency-Replayed")},
+)
 async def create_order(
-    draft: models.OrderCreate,
+    draft: OrderCreate,
     user_id: UserId,
-    parts: PartsDep,
-    key: Annotated[str | None, IdempotencyKey] = None,
+    services: ServicesDep,
+    request: Request,
+    idempotency_key: Annotated[str | None, IDEMPOTENCY_KEY] = None,
 ) -> Response:
     """Create an order; it is processed about two seconds later."""
-    order_id, view, again = await parts.orders.create(user_id, draft, key=key)
-    headers = {"Idempotency-Replayed": "true"} if again else {}
-    headers["Location"] = f"/orders/{order_id}"
+    order_id, view, is_replay = await services.orders.create(
+        user_id, draft, key=idempotency_key
+    )
+    root_path = request.scope.get("root_path", "")
+    headers = {"Location": f"{root_path}/orders/{order_id}"}
+    if is_replay:
+        headers["Idempotency-Replayed"] = "true"
     return answer_order(view, 201, headers)
 
 
-@quick.get("/{order_id}", response_model=Order, responses={304: {}})
+@cached_router.get(
+    "/{order_id}",
+    response_model=OrderPublic,
+    responses=dict.fromkeys((200, 304), with_headers("ETag", "X-Cache")),
+)
 async def get_order(
     order_id: OrderId,
     user_id: UserId,
-    parts: PartsDep,
-    known: Annotated[str | None, IfNoneMatch] = None,
+    services: ServicesDep,
+    if_none_match: Annotated[str | None, IF_NONE_MATCH] = None,
 ) -> Response:
-    """Read an order, from the cache when it can."""
-    view, hit = await parts.orders.get(user_id, order_id)
-    # A weak comparison.
-    same = known and view.status in statuses_in(known.replace("W/", ""))
-    status = 304 if same else 200
-    return answer_order(view, status, {"X-Cache": "hit" if hit else "miss"})
+    """Read an order, from the cache if it is there."""
+    view, is_hit = await services.orders.get(user_id, order_id)
+    headers = {"X-Cache": "hit" if is_hit else "miss"}
+    if if_none_match is not None:
+        # RFC 9110, section 13.1.2: the comparison is weak.
+        known = statuses_in(if_none_match.replace("W/", ""))
+        if view.status in known:
+            return answer_order(view, 304, headers)
+    return answer_order(view, 200, headers)
 
 
-@own.patch("/{order_id}", response_model=Order)
+@orders_router.patch(
+    "/{order_id}",
+    response_model=OrderPublic,
+    responses={200: with_headers("ETag")},
+)
 async def change_order_status(
     order_id: OrderId,
-    change: models.StatusChange,
+    change: StatusChange,
     user_id: UserId,
-    parts: PartsDep,
-    known: Annotated[str, IfMatch] = "*",
+    services: ServicesDep,
+    if_match: Annotated[str, IF_MATCH] = "*",
 ) -> Response:
-    """Move an order on to its next status."""
-    view = await parts.orders.change_status(
-        user_id, order_id, change.status, known=statuses_in(known)
+    """Move an order on; a shop may let only its staff mark it paid."""
+    view = await services.orders.change_status(
+        user_id, order_id, change.status, expected=statuses_in(if_match)
     )
     return answer_order(view, 200, {})
 
 
-@own.get("/user/{user_id}", response_model=list[Order])
+@orders_router.get("/user/{user_id}", responses={200: with_headers("Link")})
 async def list_orders(
-    user_id: IdOfUser,
+    user_id: OwnUserId,
     caller_id: UserId,
-    parts: PartsDep,
+    services: ServicesDep,
     request: Request,
-    limit: Limit = 100,
-    cursor: Annotated[UUID | None, Cursor] = None,
-    status: Annotated[OrderStatus | None, Status] = None,
-) -> Response:
+    response: Response,
+    limit: PageSize = 100,
+    cursor: Annotated[UUID | None, CURSOR] = None,
+    status: Annotated[OrderStatus | None, IN_STATUS] = None,
+) -> list[OrderPublic]:
     """List your own orders, newest first."""
-    if user_id != caller_id:
-        raise models.Refusal("forbidden")
-    views, last = await parts.orders.list_page(user_id, limit, cursor, status)
-    headers = {}
-    if last is not None:
-        url = request.url.include_query_params(cursor=last)
-        headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
-    body = b"[" + b",".join(view.body for view in views) + b"]"
-    return Response(body, media_type="application/json", headers=headers)
+    services.orders.require_access(user_id, caller_id, "forbidden")
+    orders, last_id = await services.orders.list_page(
+        user_id, limit=limit, after=cursor, status=status
+    )
+    if last_id is not None:
+        # Without the Host header, which anybody writes.
+        url = request.url.include_query_params(cursor=last_id)
+        response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
+    return orders
 
 
-@own.get("/{order_id}/events", response_model=list[models.EventPublic])
+@orders_router.get("/{order_id}/events")
 async def list_order_events(
-    order_id: OrderId, user_id: UserId, parts: PartsDep
-) -> Any:
+    order_id: OrderId, user_id: UserId, services: ServicesDep
+) -> Sequence[EventPublic]:
     """List what happened to an order, oldest first."""
-    return await parts.orders.history(user_id, order_id)
+    return await services.orders.history(user_id, order_id)
 
 
-@probes.get("/health")
+def answer_order(
+    view: OrderView, status: int, headers: dict[str, str]
+) -> Response:
+    """Return an order's bytes as they are; none with a 304."""
+    headers["ETag"] = etag_of(view.status)
+    headers["Cache-Control"] = "private, no-cache"
+    if status == 304:
+        return Response(None, status, headers)
+    return Response(view.body, status, headers, "application/json")
+
+
+# --- Probes -----------------------------------------------------------------
+
+
+@probes_router.get("/health")
 async def get_health() -> dict[str, str]:
     """Answer while the process lives; no dependency is asked."""
     return {"status": "ok"}
 
 
-@probes.get("/ready", responses={503: {}})
-async def get_readiness(parts: PartsDep, response: Response) -> dict[str, str]:
+@probes_router.get(
+    "/ready", responses={503: {"model": Readiness, "description": "Not ready"}}
+)
+async def get_readiness(
+    services: ServicesDep, response: Response
+) -> Readiness:
     """Say what the service can do now; 503 without its database."""
-    cache, relay = parts.cache, parts.relay
-    ping = asyncio.gather(parts.database.ping(), return_exceptions=True)
-    # Not wait_for: to cancel a query of a hung database takes its time too.
-    await asyncio.wait({ping}, timeout=1)
-    away = not ping.done() or any(ping.result())
-    response.status_code = 503 if away else 200
-    trust = "trusted" if cache.trusted else "untrusted"
-    broker = "ok" if relay.answers else "unavailable"
-    well = "ok" if cache.trusted and relay.answers else "degraded"
-    return {
-        "status": "unavailable" if away else well,
-        "database": "unavailable" if away else "ok",
-        "cache": trust if parts.settings.redis_url else "embedded",
-        "broker": broker if parts.settings.rabbitmq_url else "embedded",
-    }
+    readiness = await check_readiness(
+        services.database, services.cache, services.relay
+    )
+    if readiness.status == "unavailable":
+        response.status_code = 503
+    return readiness
 
 
-def answer_order(view: OrderView, status: int, headers: Any) -> Response:
-    """Return an order's bytes as they are; none with a 304."""
-    headers["ETag"] = f'"{view.status}.{FORM}"'
-    headers["Cache-Control"] = "private, no-cache"
-    kind = "application/json" if status != 304 else None
-    return Response(view.body if kind else None, status, headers, kind)
-
-
-def statuses_in(header: str) -> set[OrderStatus]:
-    """Return the statuses whose tags a header names; a strong comparison."""
-    tags = {tag.strip() for tag in header.split(",")}
-    return {s for s in OrderStatus if tags & {f'"{s}.{FORM}"', "*"}}
-
-
-DESCRIPTION = """\
-A client's limit is {limit}; start the service with an empty `RATE_LIMIT=` to
-lift it while you try.
-
-Errors are problems (RFC 9457) whose `type` ends in their kind:
-
-| kind | status | what to do |
-|---|---|---|
-{kinds}
-"""
+# --- The app ----------------------------------------------------------------
 
 
 @asynccontextmanager
-async def running(parts: Parts) -> AsyncIterator[dict[str, Any]]:
-    """Run what brings events on, and take all down again."""
-    parts.relay.start()
-    keeper = Keeper(parts.database, parts.cache)
+async def running(services: Services) -> AsyncIterator[dict[str, Services]]:
+    """Run what brings events on, and take everything down again."""
+    # Reference cycles are rare here, and the search for them is slow.
+    gc.set_threshold(20_000, 20, 50)
+    # Otherwise calls wait for the relay's thread.
+    sys.setswitchinterval(0.001)  # seconds
+    services.relay.start()
+    keeper = Keeper(services.database, services.cache)
     rounds = asyncio.create_task(keeper.run())
-    yield {"parts": parts}
+    yield {"services": services}
     rounds.cancel()
-    if keeper.look is not None:  # its driver needs the loop
-        await asyncio.wait({keeper.look}, timeout=STOP_TIMEOUT)
-    await asyncio.to_thread(parts.relay.end, STOP_TIMEOUT)
-    await parts.cache.close()
-    await parts.database.close()
+    if keeper.look is not None:  # its driver needs the event loop
+        await asyncio.wait({keeper.look}, timeout=END_TIMEOUT)
+    await asyncio.to_thread(services.relay.end, END_TIMEOUT)
+    await services.cache.close()
+    await services.database.close()
 
 
 def create_app(settings: Settings) -> FastAPI:
     """Return the app for these settings."""
-    parts = Parts(settings)
-    refusals = models.REFUSALS.items()
-    kinds = "\n".join(f"| {kind} | {s} | {t} |" for kind, (s, t) in refusals)
-    limit = settings.rate_limit or "off"
-    icon = f"{http.DOCS_ASSETS}favicon.png"
-    app = FastAPIOffline(
-        static_url=http.DOCS_ASSETS.rstrip("/"),
+    services = Services(settings)
+    icon = f"{middleware.DOCS_ASSETS}favicon.png".lstrip("/")
+    app: FastAPI = FastAPIOffline(
+        static_url=middleware.DOCS_ASSETS.rstrip("/"),
         title="Orders",
         summary="Take, keep and process orders.",
-        description=DESCRIPTION.format(limit=limit, kinds=kinds),
+        description=describe(settings.rate_limit),
         version=version("orders"),
         contact={"name": "The maintainers of orders"},
         license_info={"name": "MIT", "identifier": "MIT"},
-        lifespan=lambda _: running(parts),
-        exception_handlers=http.HANDLERS,
-        redirect_slashes=False,
-        # Not include_router: an included one matches each path twice.
+        openapi_tags=TAGS,
+        # include_router would match each path twice, and would hide which
+        # methods a path has. The most frequent route stands first.
         routes=[
-            *(quick.routes + own.routes + users.routes + probes.routes),
-            Route("/", RedirectResponse("/docs"), methods=["GET"]),
+            *cached_router.routes,
+            *orders_router.routes,
+            *auth.router.routes,
+            *probes_router.routes,
+            # The targets are relative: a proxy may serve the API below a path.
+            Route("/", RedirectResponse("docs"), methods=["GET"]),
             Route("/favicon.ico", RedirectResponse(icon), methods=["GET"]),
         ],
-        telemetry={"exclude": lambda scope: scope.get("path") in PROBES},
+        lifespan=lambda _: running(services),
+        exception_handlers=ANSWERS,
+        redirect_slashes=False,  # PathMiddleware does it without a redirect
+        telemetry={
+            "exclude": lambda scope: middleware.split_path(scope)[1] in PROBES
+        },
     )
-    app.add_middleware(http.Frame, parts.limiter, settings.cors_origins)
-    schemas = app.openapi()["components"]["schemas"]  # which it keeps
-    schemas["Problem"] = http.Problem.model_json_schema()
-    # uvicorn numbers its processes, and each makes an app: said once.
-    second = multiprocessing.current_process().name == "SpawnProcess-2"
-    if second and not settings.redis_url:
-        logger.warning("Without REDIS_URL each process counts by itself")
+    middleware.add_middlewares(app, services.limiter, settings.cors_origins)
+    schema = app.openapi()  # FastAPI keeps it
+    schema["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+    # In /docs the call that creates stands before the calls that take an id.
+    paths = sorted(schema["paths"].items(), key=lambda path: "{" in path[0])
+    schema["paths"] = dict(paths)
     if settings.forwarded_allow_ips == "*":
         logger.warning("FORWARDED_ALLOW_IPS=*: a client can pretend to be any")
     return app
 
 
 # Not in the lifespan: uvicorn logs before it.
-loaded = load_settings()
-configure_logging(loaded.log_format)
-app = create_app(loaded)
+loaded_settings = load_settings()
+configure_logging(loaded_settings.log_format)
+app = create_app(loaded_settings)

@@ -15,27 +15,39 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, TypeVar, cast
 
 import jwt
+from fastapi import Depends, Request, Security
+from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
+from fastapi.security.base import SecurityBase
+from fastapi.security.utils import get_authorization_scheme_param
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import EmailStr, TypeAdapter, WrapValidator
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Field, SQLModel
+from sqlmodel import Field, SQLModel, select
 
 from orders.db import Database
-from orders.models import Refusal, Schema, example
+from orders.models import RequestBody, example
+from orders.problems import RETRY_AFTER, Refusal, new_router
 from orders.settings import Settings
 
 MAX_EMAIL = 254  # characters; RFC 5321, section 4.5.3.1.3
-NO_STORE = {"Cache-Control": "no-store"}  # RFC 6749, section 5.1
+MIN_PASSWORD, MAX_PASSWORD = 8, 128  # characters
+MAX_LOGINS = 32  # passwords that wait to be hashed: about a second's work
+MAX_USER_ID = 2**31 - 1  # of PostgreSQL's integer
 BEARER = {"WWW-Authenticate": "Bearer"}  # RFC 6750, section 3
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
 
+# --- Users ------------------------------------------------------------------
 
-def _fold(address: Any, check: Callable[[str], str]) -> str:
-    """Return an address in which case and Unicode form tell nobody apart."""
-    # Unicode's NFKC_Casefold: a second pass changes nothing.
+
+def _fold_email(address: object, check: Callable[[str], str]) -> str:
+    """Return the one form of all spellings of an address.
+
+    The form is Unicode's NFKC_Casefold, which ignores case and the way in
+    which a character is composed.
+    """
     folded = unicodedata.normalize("NFKC", str(address)).casefold()
     folded = unicodedata.normalize("NFKC", folded)
     if check(folded) != folded:
@@ -43,17 +55,19 @@ def _fold(address: Any, check: Callable[[str], str]) -> str:
     return folded
 
 
-Email = Annotated[EmailStr, WrapValidator(_fold), Field(max_length=MAX_EMAIL)]
-canonical_email = TypeAdapter[str](Email).validate_python
+Email = Annotated[
+    EmailStr, WrapValidator(_fold_email), Field(max_length=MAX_EMAIL)
+]
+EMAIL = TypeAdapter[str](Email)
 
 
-class UserCreate(Schema):
+class UserCreate(RequestBody):
     """A registration."""
 
     model_config = example(email="ada@example.com", password="correct horse")  # noqa: S106
 
     email: Email
-    password: str = Field(min_length=8, max_length=128)
+    password: str = Field(min_length=MIN_PASSWORD, max_length=MAX_PASSWORD)
 
 
 class UserPublic(SQLModel):
@@ -61,19 +75,18 @@ class UserPublic(SQLModel):
 
     model_config = example(id=1, email="ada@example.com")
 
-    id: int = Field(primary_key=True)
-    email: str = Field(max_length=MAX_EMAIL, unique=True)
+    id: int
+    email: str
 
 
-class User(UserPublic, table=True):
+class User(SQLModel, table=True):
     """A registered user."""
 
     __tablename__ = "users"
 
+    id: int | None = Field(default=None, primary_key=True)
+    email: str = Field(max_length=MAX_EMAIL, unique=True)
     hashed_password: str
-
-
-USERS = SQLModel.metadata.tables["users"]
 
 
 class Token(SQLModel):
@@ -85,87 +98,171 @@ class Token(SQLModel):
     user_id: int = Field(description="Whose token it is; lists your orders")
 
 
-# Else glibc keeps the memory of a hash for good, in each thread. In bytes, its
-# M_MMAP_THRESHOLD (what is larger is given back at once), M_TRIM_THRESHOLD.
-with suppress(AttributeError, OSError, TypeError):  # another libc, or system
-    for option, size in ((-3, 2**24), (-1, 2**25)):
-        ctypes.CDLL(None).mallopt(option, size)
-# OWASP's Argon2id parameters: 19 MiB, two passes, one lane.
+# --- Passwords and tokens ---------------------------------------------------
+
+# OWASP's parameters of Argon2id: 19 MiB, two passes, one lane.
 passwords = Argon2Hasher(memory_cost=19_456, time_cost=2, parallelism=1)
-# Verified for who is unknown, or the time would tell who is registered.
+# An unknown user's password is verified, too. Otherwise the time of an answer
+# would tell who is registered.
 DUMMY_HASH = passwords.hash("nobody has this password")
+Result = TypeVar("Result")
 
 
 class Accounts:
-    """Register users, and know them again."""
+    """Register users, log them in, and know them by their tokens."""
 
     def __init__(self, database: Database, settings: Settings) -> None:
-        """Take where users are kept, and how tokens are signed."""
+        """Remember the database and the signing key."""
         self._database = database
         self._lifetime = settings.jwt_expire_minutes * 60  # seconds
-        self._key = settings.jwt_secret_key, settings.jwt_algorithm
-        self._room = asyncio.Semaphore(32)  # passwords, about a second's
-        # The event loop comes first, where a thread has its own priority.
-        polite = sys.platform == "linux"
+        self._key = settings.jwt_secret_key
+        self._algorithm = settings.jwt_algorithm
+        self._hashing = asyncio.Semaphore(MAX_LOGINS)
+        # On Linux a thread has a priority of its own: the event loop's calls
+        # go before the hashing of passwords.
+        lower_priority = sys.platform == "linux"
         self._threads = ThreadPoolExecutor(
-            os.cpu_count(), "hashing", lambda: polite and os.nice(10)
+            os.cpu_count(), "hashing", lambda: lower_priority and os.nice(10)
         )
+        return_freed_memory()
 
     async def register(self, draft: UserCreate) -> UserPublic:
-        """Keep a new user; refuse an address that is in use."""
-        hashed = await self._hash(passwords.hash, draft.password)
-        user = USERS.insert().values(email=draft.email, hashed_password=hashed)
-        try:
-            made = await self._database.execute(user.returning(USERS.c.id))
-        except IntegrityError:
-            raise Refusal("email-taken") from None
-        return UserPublic(id=made.scalar_one(), email=draft.email)
+        """Keep a new user; raise Refusal if the address is in use."""
+        password = normal_form(draft.password)
+        hashed = await self._in_thread(passwords.hash, password)
+        user = User(email=draft.email, hashed_password=hashed)
+        async with self._database.session() as session:
+            session.add(user)
+            try:
+                await session.commit()
+            except IntegrityError:
+                raise Refusal("email-taken") from None
+        return UserPublic.model_validate(user)
 
     async def log_in(self, email: str, password: str) -> Token:
-        """Return a token; refuse an unknown user or password."""
+        """Return a token; raise Refusal for a wrong address or password."""
         try:
-            email = canonical_email(email)
+            email = EMAIL.validate_python(email)
         except ValueError:
-            email = ""  # is nobody's
-        named = USERS.select().filter_by(email=email)
-        user = (await self._database.execute(named)).first()
+            email = ""  # no user has it
+        async with self._database.session() as session:
+            users = await session.exec(select(User).where(User.email == email))
+            user = users.one_or_none()
         hashed = user.hashed_password if user else DUMMY_HASH
-        matches = await self._hash(passwords.verify, password, hashed)
-        if user is None or not matches:
-            # Source of the error: RFC 6749, section 5.2.
-            kind, headers = "wrong-password", BEARER | NO_STORE
-            raise Refusal(kind, headers=headers, error="invalid_grant")
+        matches = await self._in_thread(is_password, password, hashed)
+        if user is None or user.id is None or not matches:
+            raise Refusal(
+                "wrong-password",
+                headers=BEARER,
+                error="invalid_grant",  # RFC 6749, section 5.2
+            )
         return self.issue_token(user.id)
 
     def issue_token(self, user_id: int) -> Token:
         """Return a signed token, valid for the configured time."""
-        lifetime = self._lifetime
-        claims = {"sub": str(user_id), "exp": int(time.time()) + lifetime}
-        token = jwt.encode(claims, *self._key)
-        return Token(access_token=token, expires_in=lifetime, user_id=user_id)
+        expires_at = int(time.time()) + self._lifetime
+        claims = {"sub": str(user_id), "exp": expires_at}
+        return Token(
+            access_token=jwt.encode(claims, self._key, self._algorithm),
+            expires_in=self._lifetime,
+            user_id=user_id,
+        )
 
-    def verify(self, token: str | None) -> int:
-        """Return the user's id; refuse anything but a token of ours."""
+    def verify(self, token: str) -> int:
+        """Return the user's id; raise Refusal unless the token is ours."""
         if not token:
             raise Refusal("unauthorized", headers=BEARER)
         with suppress(jwt.InvalidTokenError, ValueError):
-            user_id, ends_at = _read_token(token, *self._key)
-            # The greatest is that of PostgreSQL's integer.
-            if 0 < user_id < 2**31 and time.time() < ends_at:
+            user_id, expires_at = _decode(token, self._key, self._algorithm)
+            if 0 < user_id <= MAX_USER_ID and time.time() < expires_at:
                 return user_id
         raise Refusal("unauthorized", headers=INVALID_TOKEN)
 
-    async def _hash(self, work: Callable[..., Any], *given: str) -> Any:
-        """Do slow work in a thread, unless too much waits already."""
-        if self._room.locked():
-            raise Refusal("overloaded", headers={"Retry-After": "2"})
-        async with self._room:
+    async def _in_thread(
+        self, work: Callable[..., Result], *arguments: str
+    ) -> Result:
+        """Hash in a thread; raise Refusal if too many calls wait for one."""
+        if self._hashing.locked():
+            headers = {"Retry-After": str(RETRY_AFTER)}
+            raise Refusal("overloaded", headers=headers)
+        async with self._hashing:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, work, *given)
+            return await loop.run_in_executor(self._threads, work, *arguments)
 
 
-@lru_cache(4096)  # tokens, whose signature need not be checked again
-def _read_token(token: str, key: str, algorithm: str) -> tuple[int, int]:
-    """Return a genuine token's user id and its end, in seconds since 1970."""
+def return_freed_memory() -> None:
+    """Have glibc return the memory of a hash: 19 MiB in each thread."""
+    # The options are M_MMAP_THRESHOLD (larger pieces are returned at once)
+    # and M_TRIM_THRESHOLD, in bytes. Another libc has no such function.
+    with suppress(AttributeError, OSError, TypeError):
+        for option, size in ((-3, 2**24), (-1, 2**25)):
+            ctypes.CDLL(None).mallopt(option, size)
+
+
+def normal_form(password: str) -> str:
+    """Return a password in Unicode's NFC (RFC 8265, section 4.2).
+
+    Keyboards write one character in one code point, or in two.
+    """
+    return unicodedata.normalize("NFC", password)
+
+
+def is_password(password: str, hashed: str) -> bool:
+    """Return whether a password belongs to a hash."""
+    # The first release hashed passwords as they came.
+    forms = {normal_form(password), password}
+    return any(passwords.verify(form, hashed) for form in forms)
+
+
+@lru_cache(4096)  # tokens; to check a signature takes longer than a read
+def _decode(token: str, key: str, algorithm: str) -> tuple[int, int]:
+    """Return the user's id and the end, in seconds since 1970, of a token."""
     claims = jwt.decode(token, key, [algorithm], {"require": ["exp", "sub"]})
     return int(claims["sub"]), int(claims["exp"])
+
+
+# --- The current user, and the routes ---------------------------------------
+
+
+async def get_accounts(request: Request) -> Accounts:
+    """Return the accounts of the app that was called."""
+    return cast(Accounts, request.state.services.accounts)
+
+
+class CurrentUser(SecurityBase):
+    """A dependency: the id of the user whose token was sent.
+
+    OpenAPI describes the dependency as FastAPI's OAuth2PasswordBearer. The
+    class of FastAPI would return the token, and not the id.
+    """
+
+    def __init__(self) -> None:
+        """Take the description of the password flow."""
+        flow = OAuth2PasswordBearer("token/")
+        self.model, self.scheme_name = flow.model, flow.scheme_name
+
+    async def __call__(self, request: Request) -> int:
+        """Return the user's id; raise Refusal without a valid token."""
+        header = request.headers.get("Authorization")
+        scheme, token = get_authorization_scheme_param(header)
+        accounts = await get_accounts(request)
+        return accounts.verify(token if scheme.lower() == "bearer" else "")
+
+
+current_user = CurrentUser()
+UserId = Annotated[int, Security(current_user)]
+AccountsDep = Annotated[Accounts, Depends(get_accounts)]
+LoginForm = Annotated[OAuth2PasswordRequestForm, Depends()]
+router = new_router("users", 400, 401, 409, 413, 422, 429, 503)
+
+
+@router.post("/register/", status_code=201)
+async def register(draft: UserCreate, accounts: AccountsDep) -> UserPublic:
+    """Register a user."""
+    return await accounts.register(draft)
+
+
+@router.post("/token/")
+async def login(form: LoginForm, accounts: AccountsDep) -> Token:
+    """Log in with the OAuth2 password flow; the username is the e-mail."""
+    return await accounts.log_in(form.username, form.password)

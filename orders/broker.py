@@ -1,148 +1,349 @@
-"""Publish new orders to RabbitMQ, so that a stock Celery worker reads them.
+"""Publish messages to RabbitMQ, so that a stock Celery worker reads them.
 
-Messages are mandatory, persistent, and confirmed, a batch at a time: not by
-`tx`, whose commit RabbitMQ confirms though a full queue refused. Whatever
-fails closes the connection, as a channel that refused once may go on so.
+A batch of messages is delivered when RabbitMQ has confirmed each of them. Any
+failure is a ConnectionError and closes the connection, because a channel that
+refused one message may go on refusing. The next call connects again, and makes
+queues that are missing.
+
+pika's `SelectConnection` does not block: a question returns at once, and
+pika's loop calls back with the answer. The calling thread runs that loop here,
+and only while it waits for an answer, so that every wait has a deadline.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager, suppress
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import pika
+from pika import spec
+from pika.adapters import select_connection
+from pika.channel import Channel
 from pika.exceptions import AMQPError
-from pika.spec import Basic
+from pika.frame import Method
 
-from orders.models import PROCESS_DELAY, now
-
-TASK = "orders.process_order"
-DELAY_QUEUE = "orders.delay"  # a message waits here until its order is due
-QUEUE = "orders"  # the worker reads what is due
-DEAD_LETTERS = "orders.dead"  # what the worker rejected
+DELAY_QUEUE = "orders.delay"  # a message waits here until it is due
+QUEUE = "orders"  # a message that is due waits here for a worker
+DEAD_LETTERS = "orders.dead"  # what a worker rejected is kept here
 BROKER_TIMEOUT = 10  # seconds; heartbeat, and the longest wait for an answer
+ENCODING = "utf-8"  # of the bodies
+CLOSE_TIMEOUT = 1  # seconds that a polite end of the connection may take
 
-# Publisher and worker declare the queues with these same arguments, or the
-# second to come is refused with a 406.
-QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
-FORWARDING = QUORUM | {"x-dead-letter-exchange": ""}
-TO = "x-dead-letter-routing-key"  # in that exchange, a queue's name
+# By default pika's loop opens a file (epoll) each time it runs, and could not
+# run in a process whose clients have used up all files that it may open.
+select_connection.SELECT_TYPE = "poll"
+
+# Publisher and worker declare the queues with the same arguments: RabbitMQ
+# refuses a second declaration with other ones (406 PRECONDITION_FAILED).
+QUORUM: Mapping[str, str | int] = {"x-queue-type": "quorum"}
+FORWARDING = {**QUORUM, "x-dead-letter-exchange": ""}
+FORWARD_TO = "x-dead-letter-routing-key"  # the name of the next queue
 QUEUE_ARGUMENTS = {
-    DEAD_LETTERS: QUORUM | {"x-max-length": 10_000},
-    # RabbitMQ 4 would give a message up after 20 deliveries.
-    QUEUE: FORWARDING | {TO: DEAD_LETTERS, "x-delivery-limit": 1000},
-    DELAY_QUEUE: FORWARDING | {TO: QUEUE},
+    DEAD_LETTERS: {**QUORUM, "x-max-length": 10_000},
+    # RabbitMQ 4 would give up a message after 20 deliveries.
+    QUEUE: {**FORWARDING, FORWARD_TO: DEAD_LETTERS, "x-delivery-limit": 1000},
+    DELAY_QUEUE: {**FORWARDING, FORWARD_TO: QUEUE},
 }
 
+Answer = TypeVar("Answer")
 
-class DueEvent(NamedTuple):
-    """A claimed event; the columns that the claim returns."""
 
-    created_at: datetime  # first: it sorts them
-    id: UUID
-    order_id: UUID
-    payload: dict[str, Any]
-    attempts: int  # this one included
+class Message(NamedTuple):
+    """An event to be handled by a worker."""
+
+    event_id: UUID
+    task: str  # the name of the Celery task that handles the event
+    delay: timedelta  # what is left of the handler's delay
+    traceparent: str | None = None  # the W3C trace that the task continues
+
+    @property
+    def queue(self) -> str:
+        """Return the queue that the message is published to."""
+        return DELAY_QUEUE if self.delay > timedelta(0) else QUEUE
+
+
+def celery_content(message: Message) -> tuple[dict[str, str], list[Any]]:
+    """Return the headers and the content of the body: Celery's protocol 2."""
+    event_id = str(message.event_id)
+    headers = {"lang": "py", "task": message.task, "id": event_id}
+    if message.traceparent is not None:
+        headers["traceparent"] = message.traceparent
+    embedded = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
+    return headers, [[event_id], {}, embedded]
+
+
+def celery_message(message: Message) -> tuple[pika.BasicProperties, bytes]:
+    """Return the properties and the body of a message."""
+    headers, payload = celery_content(message)
+    properties = pika.BasicProperties(
+        content_type="application/json",
+        content_encoding=ENCODING,
+        delivery_mode=pika.DeliveryMode.Persistent.value,
+        message_id=headers["id"],
+        correlation_id=headers["id"],
+        headers=headers,
+    )
+    if message.queue == DELAY_QUEUE:
+        # In milliseconds. RabbitMQ then moves the message to `orders`.
+        delay = math.ceil(message.delay / timedelta(milliseconds=1))
+        properties.expiration = str(delay)
+    return properties, json.dumps(payload).encode(ENCODING)
+
+
+class DeadLetter(NamedTuple):
+    """A message that a worker rejected."""
+
+    rejected_at: datetime  # in UTC
+    event_id: UUID | None  # None: the message is malformed
+
+    @classmethod
+    def of(cls, headers: Mapping[str, Any]) -> "DeadLetter":
+        """Read the headers of a message; RabbitMQ has added `x-death`."""
+        event_id = None
+        with suppress(ValueError):
+            event_id = UUID(str(headers.get("id")))
+        return cls(headers["x-death"][0]["time"], event_id)
+
+
+def read_dead_letters(url: str, *, discard: bool) -> list[DeadLetter]:
+    """Return the dead letters; delete them from their queue to discard them.
+
+    Raise ConnectionError if RabbitMQ is away, or has no such queue.
+    """
+    letters = []
+    try:
+        with closing(pika.BlockingConnection(pika.URLParameters(url))) as link:
+            channel = link.channel()
+            queue = channel.queue_declare(DEAD_LETTERS, passive=True)
+            for _ in range(queue.method.message_count):
+                found, properties, _body = channel.basic_get(DEAD_LETTERS)
+                if found is None or properties is None:
+                    break  # somebody else reads the queue, too
+                letters.append(DeadLetter.of(properties.headers or {}))
+                if discard:
+                    channel.basic_ack(found.delivery_tag or 0)
+            # Letters that are not acknowledged return to the queue here.
+    except (AMQPError, OSError) as error:
+        raise ConnectionError(repr(error)) from error
+    return letters
 
 
 class Publisher:
-    """The relay's way to RabbitMQ; ConnectionError if that is away."""
+    """The relay's way to RabbitMQ, over one connection at a time."""
 
     def __init__(self, url: str) -> None:
-        """Prepare; the first round of the relay connects."""
+        """Read the URL of RabbitMQ. The first call connects."""
         self._parameters = pika.URLParameters(url)
         self._parameters.heartbeat = BROKER_TIMEOUT
-        self._parameters.blocked_connection_timeout = BROKER_TIMEOUT
-        self._parameters.stack_timeout = BROKER_TIMEOUT
-        self._connection: Any = None
-        self._channel: Any = None
+        # The limits are shorter than the deadline of a wait. Otherwise a host
+        # name's first address, if dead, would use up the time of the second,
+        # and the reason would not say that RabbitMQ is short of memory.
+        self._parameters.socket_timeout = 0.4 * BROKER_TIMEOUT
+        self._parameters.blocked_connection_timeout = 0.8 * BROKER_TIMEOUT
+        self._connection: BrokerConnection | None = None
 
-    def is_idle(self) -> bool:
-        """Return whether no message is ready in the queues."""
-        # The question serves the heartbeat, too, and finds a queue missing:
-        # so both are asked, in the order in which messages move.
-        with self._opened() as channel:
-            asked = [
-                channel.queue_declare(queue, passive=True).method
-                for queue in (DELAY_QUEUE, QUEUE)
-            ]
-        return not any(answer.message_count for answer in asked)
+    def count_ready(self) -> int:
+        """Return how many messages are due and wait for a worker.
 
-    def deliver(self, events: Sequence[DueEvent]) -> None:
-        """Publish the events, and have the broker confirm them all."""
-        with self._opened() as channel:
-            # Not pika's blocking one, which flushes after each message.
-            publish = channel._impl.basic_publish
-            for event in events:
-                properties, body = celery_message(event)
-                self._sent += 1
-                self._waiting.add(self._sent)
-                publish("", DELAY_QUEUE, body, properties, mandatory=True)
-            channel._flush_output(lambda: not self._waiting)
-            if self._refused:
-                raise AMQPError("a queue is full, or gone")
+        The relay asks this often, so that heartbeats are answered in time. A
+        missing queue is a ConnectionError.
+        """
+        with self._connected() as connection:
+            connection.declare(DELAY_QUEUE, passive=True)
+            return connection.declare(QUEUE, passive=True)
+
+    def deliver(self, messages: Sequence[Message]) -> None:
+        """Publish the messages. Return when RabbitMQ has confirmed them all.
+
+        After an error RabbitMQ may have any part of them.
+        """
+        with self._connected() as connection:
+            connection.publish(messages)
 
     def close(self) -> None:
-        """Close the connection, whatever state it is in."""
-        with suppress(AMQPError, OSError):
-            if self._connection is not None and self._connection.is_open:
-                self._connection.close()
-        self._connection = self._channel = None
+        """Close the connection, if there is one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        """Lend the channel, or a new one; what fails closes the connection."""
+    def _connected(self) -> Iterator["BrokerConnection"]:
+        """Lend the connection, a new one if need be; close it on an error."""
         try:
-            if self._channel is None:
-                self._connection = pika.BlockingConnection(self._parameters)
-                channel: Any = self._connection.channel()
-                for queue, given in QUEUE_ARGUMENTS.items():
-                    channel.queue_declare(queue, durable=True, arguments=given)
-                self._sent = 0  # messages, through this channel
-                self._waiting = set[int]()  # their numbers, till confirmed
-                self._refused = False  # one, by the broker or by all queues
-                # pika's own confirms wait for each message: go below them.
-                channel._impl.confirm_delivery(self._note_confirm)
-                channel._impl.add_on_return_callback(self._note_return)
-                self._channel = channel
-            yield self._channel
+            if self._connection is None:
+                self._connection = BrokerConnection(self._parameters)
+                self._connection.open()
+            yield self._connection
         except (AMQPError, OSError) as error:
             self.close()
-            raise ConnectionError(repr(error)) from error
+            raise ConnectionError(str(error)) from error
+        except BaseException:
+            # A mistake in this code may have published a part of a batch, and
+            # the numbers of later confirms would not fit any more.
+            self.close()
+            raise
 
-    def _note_return(self, *_: object) -> None:
-        """Note that no queue took a message."""
-        self._refused = True
 
-    def _note_confirm(self, frame: Any) -> None:
-        """Note which messages the broker has, or refuses to have."""
-        confirm, last = frame.method, frame.method.delivery_tag
+class BrokerConnection:
+    """A connection to RabbitMQ, with one channel.
+
+    Each question to RabbitMQ has the same form: give pika the `set_result` of
+    a future as the callback, and wait for that future. pika calls back only
+    while `_run_loop` runs, and the methods `_on_…` too.
+    """
+
+    def __init__(self, parameters: pika.URLParameters) -> None:
+        """Begin to connect. `open` must follow."""
+        self._failure: str | None = None  # why the connection is of no use
+        self._published = 0  # messages; RabbitMQ counts them from 1, too
+        self._unconfirmed = set[int]()  # the numbers of these messages
+        self._confirmed = Future[None]()  # done when no message is unconfirmed
+        self._opened = Future[pika.SelectConnection]()
+        self._connection = pika.SelectConnection(
+            parameters,
+            on_open_callback=self._opened.set_result,
+            on_open_error_callback=self._on_connection_closed,
+            on_close_callback=self._on_connection_closed,
+        )
+
+    def open(self) -> None:
+        """Wait for the connection, declare the queues, ask for confirms."""
+        self._wait(self._opened, "open a connection")
+        channel_opened = Future[Channel]()
+        self._connection.channel(on_open_callback=channel_opened.set_result)
+        self._channel = self._wait(channel_opened, "open a channel")
+        self._channel.add_on_close_callback(self._on_channel_closed)
+        for queue in QUEUE_ARGUMENTS:
+            self.declare(queue, passive=False)
+        self._channel.add_on_return_callback(self._on_return)
+        confirming = Future[Method[spec.Confirm.SelectOk]]()
+        self._channel.confirm_delivery(
+            self._on_confirm, callback=confirming.set_result
+        )
+        self._wait(confirming, "agree to confirm messages")
+
+    def declare(self, queue: str, *, passive: bool) -> int:
+        """Make a queue, or only look for it; return its messages that wait.
+
+        If `passive`, a missing queue is not made, but a ConnectionError.
+        """
+        declared = Future[Method[spec.Queue.DeclareOk]]()
+        self._channel.queue_declare(
+            queue,
+            passive=passive,
+            durable=True,
+            arguments=QUEUE_ARGUMENTS[queue],
+            callback=declared.set_result,
+        )
+        answer = self._wait(declared, f"declare the queue {queue}")
+        return answer.method.message_count
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Publish messages, and wait until RabbitMQ has confirmed each.
+
+        A confirm for each message alone would be seven times slower. In a
+        transaction (`tx`) a full queue's refusal would pass unnoticed.
+        """
+        if not messages:
+            return
+        self._confirmed = Future()
+        for message in messages:
+            properties, body = celery_message(message)
+            # Mandatory: RabbitMQ returns the message if the queue is missing.
+            self._channel.basic_publish(
+                "", message.queue, body, properties, mandatory=True
+            )
+            self._published += 1
+            self._unconfirmed.add(self._published)
+        self._wait(self._confirmed, f"confirm a batch of {len(messages)}")
+
+    def close(self) -> None:
+        """Close the connection, in whatever state it is, and pika's loop."""
+        if self._connection.is_open and self._failure is None:
+            self._connection.close()
+            self._run_loop(CLOSE_TIMEOUT, "RabbitMQ did not say goodbye")
+        if not self._connection.is_closed:
+            self._abort()
+            # Otherwise pika would leave its socket open.
+            self._run_loop(CLOSE_TIMEOUT, "pika did not close its socket")
+        self._connection.ioloop.close()
+
+    def _abort(self) -> None:
+        """Make pika drop the connection at once.
+
+        pika's own `close` waits for RabbitMQ's consent, for 15 s if RabbitMQ
+        hangs; and before the connection is open, `close` breaks an assertion
+        of pika's. But pika drops a connection at once when RabbitMQ closes it.
+        So give pika the message with which RabbitMQ would do that.
+        """
+        closing = spec.Connection.Close(spec.CONNECTION_FORCED, "", 0, 0)
+        self._connection.callbacks.process(
+            0, spec.Connection.Close, self._connection, Method(0, closing)
+        )
+
+    def _wait(self, answer: Future[Answer], what: str) -> Answer:
+        """Return the answer of RabbitMQ, or raise a ConnectionError.
+
+        `what` completes the sentence "RabbitMQ did not …".
+        """
+        answer.add_done_callback(lambda _: self._connection.ioloop.stop())
+        late = f"RabbitMQ did not {what} within {BROKER_TIMEOUT} s"
+        self._run_loop(BROKER_TIMEOUT, late)
+        if self._failure is not None:
+            raise ConnectionError(self._failure)
+        return answer.result()
+
+    def _run_loop(self, seconds: float, late: str) -> None:
+        """Run pika's loop until a callback stops it, or the time is over."""
+        loop = self._connection.ioloop
+        deadline = loop.call_later(seconds, partial(self._fail, late))
+        loop.start()
+        loop.remove_timeout(deadline)
+
+    def _fail(self, reason: str) -> None:
+        """Note why the connection is of no use, and end the wait."""
+        self._failure = self._failure or reason
+        self._connection.ioloop.stop()
+
+    def _on_connection_closed(
+        self, _connection: pika.SelectConnection, error: BaseException
+    ) -> None:
+        """Note that connecting failed, or that the connection ended."""
+        self._fail(repr(error))
+
+    def _on_channel_closed(self, _channel: Channel, error: Exception) -> None:
+        """Note that RabbitMQ closed the channel: a queue is missing, say."""
+        # When the whole connection ends, its own callback knows the reason.
+        if self._connection.is_open:
+            self._fail(repr(error))
+
+    def _on_return(
+        self,
+        _channel: Channel,
+        returned: spec.Basic.Return,
+        _properties: pika.BasicProperties,
+        _body: bytes,
+    ) -> None:
+        """Note that there is no queue for a message."""
+        self._fail(f"{returned.routing_key} is missing: {returned.reply_text}")
+
+    def _on_confirm(
+        self, frame: Method[spec.Basic.Ack | spec.Basic.Nack]
+    ) -> None:
+        """Note which messages RabbitMQ has, or that it refused one."""
+        confirm = frame.method
+        if isinstance(confirm, spec.Basic.Nack):
+            self._fail("RabbitMQ refused a message, as a full queue does")
+            return
         if confirm.multiple:
-            self._waiting = {tag for tag in self._waiting if tag > last}
-        self._waiting.discard(last)
-        self._refused |= isinstance(confirm, Basic.Nack)
-
-
-def celery_message(event: DueEvent) -> tuple[pika.BasicProperties, bytes]:
-    """Return an event as a stock Celery worker reads it, when it is due."""
-    # Source: Celery's message protocol, version 2.
-    left = event.created_at + PROCESS_DELAY - now()
-    event_id = str(event.id)
-    kwargs = {
-        "event_id": event_id,
-        "order_id": str(event.order_id),
-        "request_id": event.payload.get("request_id", "-"),
-    }
-    properties = pika.BasicProperties(
-        content_type="application/json",
-        content_encoding="utf-8",
-        delivery_mode=2,
-        message_id=event_id,
-        correlation_id=event_id,
-        headers={"lang": "py", "task": TASK, "id": event_id},
-        expiration=str(max(0, int(left.total_seconds() * 1000))),
-    )
-    embed = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
-    return properties, json.dumps([[], kwargs, embed]).encode()
+            last = confirm.delivery_tag
+            self._unconfirmed = {n for n in self._unconfirmed if n > last}
+        else:
+            self._unconfirmed.discard(confirm.delivery_tag)
+        if not self._unconfirmed:
+            self._confirmed.set_result(None)

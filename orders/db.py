@@ -1,12 +1,18 @@
-"""Open the database, PostgreSQL or SQLite, and let calls share its trips.
+"""Open the database, PostgreSQL or SQLite, and let calls share round trips.
 
-Nobody waits for a hung server or a network that swallows: a connection that
-is in use for longer than its deadline is cut, which its user sees as a lost
-connection. A server that works has cancelled the statement before.
+No call waits for long, whatever happens to the server or the network:
+
+- A statement that takes too long is canceled by a server that works.
+- A connection in use beyond its deadline is cut: the server hangs, or the
+  network swallows what is sent. The caller sees a lost connection.
+- A connection that died while it was idle is replaced before it is used.
+
+The parameters that a user writes into DATABASE_URL win over those here.
 """
 
 import asyncio
 import os
+import select
 import socket
 import threading
 import time
@@ -16,191 +22,310 @@ from typing import Any, Generic, TypeVar
 
 import psycopg
 import sqlalchemy as sa
-from sqlalchemy import event, exc, types
-from sqlalchemy.ext.asyncio import AsyncEngine
+from pydantic_core import from_json
+from sqlalchemy import event, exc
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlmodel.ext.asyncio.session import AsyncSession
 
 from orders.logs import Outage
 
-POOL_SIZE = 10  # connections of one process
+POOL_SIZE = 10  # connections of one engine
 POOL_TIMEOUT = 2  # seconds to wait for a free connection
 CONNECT_TIMEOUT = 2  # seconds
 API_DEADLINE = 2.5  # seconds that the API may use a connection at a stretch
 WORKER_DEADLINE = 15.0  # seconds, for the worker and the relay
-STATEMENT_SHARE = 0.8  # of the deadline: a server that works ends it first
-MAX_CALLS = 100  # that share a trip
-AUTOCOMMIT: Any = {"isolation_level": "AUTOCOMMIT"}
-OUTAGES = (exc.InterfaceError, exc.OperationalError, exc.TimeoutError)
+STATEMENT_SHARE = 0.8  # of the deadline, after which the server cancels
+WATCH_INTERVAL = 0.1  # seconds
+MAX_BATCH = 100  # calls that share a round trip
+
+# A listener of a pool gets any driver's connection, and the pool's entry.
+Connection = Any
+PoolEntry = Any
 
 
-def is_outage(error: Exception) -> bool:
-    """Return whether the database is away, or takes no writes."""
-    lost = isinstance(error, exc.DBAPIError) and error.connection_invalidated
-    return isinstance(error, OUTAGES) or lost
-
-
-class JsonText(types.TypeEngine[str]):
-    """A JSON column that is written and read as text, never parsed."""
-
-    __visit_name__ = "JSON"  # in SQL
-
-    def column_expression(self, column: Any) -> sa.ColumnElement[str]:
-        """Select the text, which drivers leave as it is."""
-        return sa.cast(column, sa.Text)
+# --- Engines and sessions ---------------------------------------------------
 
 
 class Database:
-    """The API's asynchronous engines."""
+    """The API's engines and sessions; they connect when first used."""
 
-    def __init__(self, url: str) -> None:
-        """Prepare the engines; they connect when they are first used."""
-        self._sqlite = url.startswith("sqlite")
-        driver = "aiosqlite" if self._sqlite else "psycopg_async"
-        url = url.replace(":", f"+{driver}:", 1)
-        # A statement is a transaction, unless it is one of several.
-        sync_engine = create_sync_engine(url, API_DEADLINE, **AUTOCOMMIT)
-        self.engine = engine = AsyncEngine(sync_engine)
-        level = "SERIALIZABLE" if self._sqlite else "READ COMMITTED"
-        self.transactions = engine.execution_options(isolation_level=level)
-        # For the keeper, which waits for none of those who fill the pool.
-        self.aside = AsyncEngine(create_sync_engine(url, API_DEADLINE))
+    def __init__(self, database_url: str) -> None:
+        """Prepare the engines of a database."""
+        url = sa.make_url(database_url)
+        self._is_sqlite = url.get_backend_name() == "sqlite"
+        if self._is_sqlite:
+            url = url.set(drivername="sqlite+aiosqlite")
+        # BEGIN and COMMIT would be two more round trips for one statement.
+        options = engine_options(url, API_DEADLINE)
+        self.engine = create_async_engine(
+            url, **(options | {"isolation_level": "AUTOCOMMIT"})
+        )
+        _prepare(self.engine.sync_engine, API_DEADLINE)
+        # For SQLite's driver the opposite of AUTOCOMMIT is SERIALIZABLE.
+        self.transactions = self.engine.execution_options(
+            isolation_level=(
+                "SERIALIZABLE" if self._is_sqlite else "READ COMMITTED"
+            )
+        )
+        # A pool of its own: the keeper must not wait while calls fill it.
+        self.keeper_engine = create_async_engine(url, **options)
+        _prepare(self.keeper_engine.sync_engine, API_DEADLINE)
         self.outage = Outage(__name__, "The database")
 
-    async def execute(self, sql: sa.Executable, *given: Any) -> sa.Result[Any]:
-        """Return the result of a statement, which commits by itself."""
-        async with self.engine.connect() as connection:
-            return await connection.execute(sql, *given)
+    def session(self) -> AsyncSession:
+        """Return a session whose statements each commit by themselves."""
+        return AsyncSession(self.engine, expire_on_commit=False)
+
+    def transaction(self) -> AsyncSession:
+        """Return a session whose statements commit together."""
+        return AsyncSession(self.transactions, expire_on_commit=False)
 
     async def ping(self) -> None:
         """Raise unless the database answers and takes writes."""
-        # SQLite learns that its disk is full only when it writes; a read-only
-        # PostgreSQL refuses what changes nothing, too.
-        ask = "UPDATE alembic_version SET version_num = version_num"
-        which = "" if self._sqlite else " WHERE false"
-        await self.execute(sa.text(ask + which))
+        # A read-only PostgreSQL refuses an UPDATE of no row, too. SQLite has
+        # to write to learn that its disk is full.
+        statement = "UPDATE alembic_version SET version_num = version_num"
+        if not self._is_sqlite:
+            statement += " WHERE false"
+        async with self.engine.connect() as connection:
+            await connection.execute(sa.text(statement))
 
     async def close(self) -> None:
         """Close the pooled connections."""
         await self.engine.dispose()
-        await self.aside.dispose()
+        await self.keeper_engine.dispose()
 
 
 def create_sync_engine(
-    url: str, deadline: float | None = None, **options: Any
+    database_url: str, deadline: float | None = None
 ) -> sa.Engine:
     """Return an engine for plain calls; a migration's has no deadline."""
-    sqlite = url.startswith("sqlite")
-    if not sqlite:
-        options |= {"pool_size": POOL_SIZE, "max_overflow": 0}
-        connect: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT}
-        options |= {"pool_timeout": POOL_TIMEOUT, "connect_args": connect}
-        if deadline is not None:
-            limit = int(deadline * 1000)  # milliseconds
-            # Else a session that waits for a row outlives its caller.
-            timeout = int(limit * STATEMENT_SHARE)
-            connect["options"] = f"-c statement_timeout={timeout}"
-            # Else the system tries for a quarter of an hour.
-            connect |= {"tcp_user_timeout": limit, "keepalives_idle": 5}
-            connect |= {"keepalives_interval": 2, "keepalives_count": 3}
-    engine = sa.create_engine(url, hide_parameters=True, **options)
-    if sqlite:
-        event.listen(engine, "do_connect", _connect_to_sqlite)
-    elif deadline is not None:
-        _watch(engine, deadline)
+    url = sa.make_url(database_url)
+    engine = sa.create_engine(url, **engine_options(url, deadline))
+    _prepare(engine, deadline)
     return engine
 
 
-def _connect_to_sqlite(dialect: Any, _: object, to: Any, options: Any) -> Any:
-    """Open SQLite's file, made for this user: it has password hashes."""
-    with suppress(OSError):  # SQLite says it, in a moment
-        os.close(os.open(to[0], os.O_RDWR | os.O_CREAT, 0o600))
-    connection = dialect.connect(*to, **options)
-    # Readers and a writer work at once; it would not enforce foreign keys.
-    connection.execute("PRAGMA journal_mode = WAL").close()
-    connection.execute("PRAGMA foreign_keys = ON").close()
-    return connection
+def engine_options(url: sa.URL, deadline: float | None) -> dict[str, Any]:
+    """Return the options of an engine, as SQLAlchemy names them."""
+    options: dict[str, Any] = {
+        "hide_parameters": True,
+        "json_deserializer": from_json,  # reads a page's orders in a third
+    }
+    options["pool_timeout"] = POOL_TIMEOUT
+    if url.get_backend_name() == "sqlite":
+        return options
+    arguments: dict[str, Any] = {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "client_encoding": "utf8",  # a database may have another default
+        # Server-side prepared statements collide under a pooler such as
+        # PgBouncer, and fail when the type of a column changes.
+        "prepare_threshold": None,
+    }
+    if deadline is not None:
+        # Otherwise the system goes on sending for a quarter of an hour.
+        arguments |= {
+            "tcp_user_timeout": int(deadline * 1000),  # milliseconds
+            "keepalives_idle": 5,  # seconds
+            "keepalives_interval": 2,  # seconds
+            "keepalives_count": 3,
+        }
+    return options | {
+        # A stricter default would refuse the transactions of two relays.
+        "isolation_level": "READ COMMITTED",
+        "pool_size": POOL_SIZE,
+        "max_overflow": 0,
+        "connect_args": {
+            name: value
+            for name, value in arguments.items()
+            if name not in url.query
+        },
+    }
 
 
-# Connections in use, and the time.monotonic at which each is cut.
-_ends: dict[Any, float] = {}
+def _prepare(engine: sa.Engine, deadline: float | None) -> None:
+    """Attach to an engine what its connections need."""
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "do_connect", _create_private_file)
+        event.listen(engine, "connect", _prepare_sqlite)
+        return
+    # psycopg reads no other style of dates; fewer digits would round totals.
+    settings = "SET datestyle TO ISO; SET extra_float_digits TO 1"
+    # PostgreSQL reads `--Statement-Timeout` as well.
+    options = str(engine.url.query.get("options", ""))
+    options = options.lower().replace("-", "_")
+    if deadline is not None and "statement_timeout" not in options:
+        # Otherwise a session that waits for a row outlives its caller.
+        limit = int(deadline * STATEMENT_SHARE * 1000)  # milliseconds
+        settings += f"; SET statement_timeout TO {limit}"
+
+    @event.listens_for(engine, "connect")
+    def prepare_session(connection: Connection, _: object) -> None:
+        """Set what a pooler refuses while a client connects to it."""
+        cursor = connection.cursor()
+        cursor.execute(settings)
+        cursor.close()
+        connection.commit()
+
+    event.listen(engine, "checkout", _refuse_dead_connection)
+    event.listen(engine, "handle_error", _leave_read_only_server)
+    if deadline is not None:
+        watcher.watch(engine, deadline)
 
 
-def _watch(engine: sa.Engine, deadline: float) -> None:
-    """Let no connection be used for longer, or be kept if it is read-only."""
-    if not _watcher.is_alive():
-        _watcher.start()
-
-    @event.listens_for(engine, "checkout")
-    def begin(_: object, used: Any, __: object) -> None:
-        """Note when the connection is cut."""
-        _ends[used.driver_connection] = time.monotonic() + deadline
-
-    event.listen(
-        engine, "checkin", lambda _, it: _ends.pop(it.driver_connection, None)
-    )
-
-    @event.listens_for(engine, "handle_error")
-    def leave_read_only(context: sa.ExceptionContext) -> None:
-        """Drop all pooled sessions with a server that takes no writes."""
-        # After a failover they would stay what they are: read-only.
-        refused = psycopg.errors.ReadOnlySqlTransaction
-        if isinstance(context.original_exception, refused):
-            context.is_disconnect = True
+def _refuse_dead_connection(
+    _: Connection, entry: PoolEntry, __: object
+) -> None:
+    """Let the pool replace a connection that the server has closed."""
+    # A server says nothing to an idle client but that it closes the
+    # connection. So an idle socket with something to read is dead. The look
+    # takes microseconds, where a query would take a round trip.
+    poll = select.poll()
+    try:
+        poll.register(entry.driver_connection.fileno(), select.POLLIN)
+    except psycopg.OperationalError as error:  # the watcher has cut it
+        raise exc.DisconnectionError from error
+    if poll.poll(0):
+        raise exc.DisconnectionError
 
 
-def _cut_overdue() -> None:
-    """End both ways of a socket in use for too long: who waits on it wakes."""
-    while True:
-        time.sleep(0.1)
-        now = time.monotonic()
-        for used, end in list(_ends.items()):
-            if now >= end and _ends.pop(used, None) is not None:
+def _leave_read_only_server(context: sa.ExceptionContext) -> None:
+    """Drop all pooled sessions with a server that takes no writes."""
+    # After a failover these sessions would stay read-only for ever.
+    refusal = psycopg.errors.ReadOnlySqlTransaction
+    if isinstance(context.original_exception, refusal):
+        context.is_disconnect = True
+
+
+# --- SQLite -----------------------------------------------------------------
+
+_creating_a_file = threading.Lock()
+
+
+def _create_private_file(
+    _: sa.Dialect, __: object, arguments: list[str], ___: object
+) -> None:
+    """Create SQLite's file for this user alone: it has password hashes."""
+    # Only an absent file is opened here, by one thread at a time. To close a
+    # descriptor of a file that SQLite has open would drop the locks of this
+    # process, and another process could then remove what is not yet merged.
+    with _creating_a_file, suppress(OSError):  # SQLite will name the reason
+        os.close(os.open(arguments[0], os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def _prepare_sqlite(connection: Connection, _: object) -> None:
+    """Let readers and a writer work at once, and enforce foreign keys."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+# --- Deadlines --------------------------------------------------------------
+
+
+class Watcher:
+    """Cuts connections that are in use beyond their deadline."""
+
+    def __init__(self) -> None:
+        """Start without connections, and without a thread."""
+        # The time.monotonic at which each connection in use is cut.
+        self._deadlines: dict[Connection, float] = {}
+        self._thread: threading.Thread | None = None
+
+    def watch(self, engine: sa.Engine, deadline: float) -> None:
+        """Watch the connections of an engine; `deadline` is in seconds."""
+        if self._thread is None or not self._thread.is_alive():
+            # After a fork, the connections are those of the parent.
+            self._deadlines.clear()
+            self._thread = threading.Thread(
+                target=self._cut_overdue, name="watcher", daemon=True
+            )
+            self._thread.start()
+
+        def begin(_: object, entry: PoolEntry, *__: object) -> None:
+            """Note when the connection is cut."""
+            end = time.monotonic() + deadline
+            self._deadlines[entry.driver_connection] = end
+
+        # `insert` makes it the first of all listeners: the others make queries
+        # on a new connection. A pooler accepts a connection at once, and lets
+        # its first query wait for two minutes while the server is away.
+        event.listen(engine, "connect", begin, insert=True)
+        event.listen(engine, "checkout", begin)
+
+        @event.listens_for(engine, "checkin")
+        def end(_: object, entry: PoolEntry) -> None:
+            """Forget the connection."""
+            self._deadlines.pop(entry.driver_connection, None)
+
+    def _cut_overdue(self) -> None:
+        """Shut the sockets of overdue connections, which wakes their users."""
+        while True:
+            time.sleep(WATCH_INTERVAL)
+            moment = time.monotonic()
+            for connection, deadline in list(self._deadlines.items()):
+                if moment < deadline:
+                    continue
+                # The connection may have been returned just now.
+                if self._deadlines.pop(connection, None) is None:
+                    continue
                 with suppress(OSError, psycopg.OperationalError):
-                    duplicate = os.dup(used.fileno())
+                    duplicate = os.dup(connection.fileno())
                     with socket.socket(fileno=duplicate) as wire:
                         wire.shutdown(socket.SHUT_RDWR)
 
 
-_watcher = threading.Thread(target=_cut_overdue, daemon=True)
-Question = TypeVar("Question")
+watcher = Watcher()
+
+# --- Calls that share round trips -------------------------------------------
+
+Request = TypeVar("Request")
 Answer = TypeVar("Answer")
-# What answers a list of questions, in their order; an exception among the
-# answers is raised for its own caller alone.
-Trip = Callable[[list[Question]], Awaitable[Sequence[Answer | Exception]]]
+# Answers a list of requests in their order. An exception among the answers is
+# raised for its own caller alone.
+Flush = Callable[[list[Request]], Awaitable[Sequence[Answer | Exception]]]
 
 
-class Batch(Generic[Question, Answer]):
-    """Calls that share trips: the first goes at once, others in the next."""
+class Batcher(Generic[Request, Answer]):
+    """Lets calls share round trips.
 
-    def __init__(self, trip: Trip[Question, Answer]) -> None:
-        """Wait for calls."""
-        self._trip = trip
-        self._waiting: list[tuple[Question, asyncio.Future[Answer]]] = []
+    The first call travels at once. Calls that come while it is under way
+    travel together in the next round trip.
+    """
+
+    def __init__(self, flush: Flush[Request, Answer]) -> None:
+        """Take what makes one round trip for a list of requests."""
+        self._flush = flush
+        self._waiting: list[tuple[Request, asyncio.Future[Answer]]] = []
         self._sender: asyncio.Task[None] | None = None
 
-    def ask(self, question: Question) -> asyncio.Future[Answer]:
-        """Return what will have the answer of the next trip, or its error."""
+    def submit(self, request: Request) -> asyncio.Future[Answer]:
+        """Return the future of the answer, or of the error."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
-        self._waiting.append((question, future))
+        self._waiting.append((request, future))
         if self._sender is None:
             self._sender = loop.create_task(self._send())
         return future
 
     async def _send(self) -> None:
-        """Make trips until no call waits."""
-        # One that fails is the failure of all who wait by then: else who came
-        # last would wait for two time limits.
-        while calls := self._waiting[:MAX_CALLS]:
-            del self._waiting[:MAX_CALLS]
+        """Make round trips until no call waits."""
+        while calls := self._waiting[:MAX_BATCH]:
+            del self._waiting[:MAX_BATCH]
             try:
-                answers = await self._trip([question for question, _ in calls])
+                answers = await self._flush([request for request, _ in calls])
+                answered = list(zip(calls, answers, strict=True))
             except Exception as error:
-                calls, self._waiting = calls + self._waiting, []
-                answers = [error] * len(calls)
-            for (_, future), answer in zip(calls, answers, strict=True):
+                # A failed trip fails every call that waits, so that none of
+                # them waits for two time limits.
+                calls += self._waiting
+                self._waiting = []
+                answered = [(call, error) for call in calls]
+            for (_, future), answer in answered:
                 if future.done():
-                    pass  # its caller is gone
-                elif isinstance(answer, Exception):
+                    continue  # its caller has given up
+                if isinstance(answer, Exception):
                     future.set_exception(answer)
                 else:
                     future.set_result(answer)

@@ -1,9 +1,9 @@
-"""Log one readable line an event, the same in every process and mode.
+"""Log in single readable lines, alike in every process and mode.
 
 The API, the worker, uvicorn and Celery all write
 `time level logger [request id] message` to standard output, or a JSON object
-of the same parts. The request id follows a request through the process, and
-its order's event into the worker.
+with the same parts. The id of a request follows the request through the
+process, and the event of its order into the worker.
 """
 
 import logging
@@ -11,12 +11,11 @@ import sys
 import time
 from asyncio import CancelledError
 from contextvars import ContextVar
-from typing import Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
-REPORT_INTERVAL = 10  # seconds without a failure before the next is news
+REPORT_INTERVAL = 10  # seconds without a failure; the next failure is logged
 PROBES = ("/health", "/ready")  # asked every few seconds, and not logged
 FORMS: dict[str, logging.Formatter] = {
     "text": logging.Formatter(
@@ -25,23 +24,30 @@ FORMS: dict[str, logging.Formatter] = {
     "json": JsonFormatter(
         ["levelname", "name", "message", "request_id"],
         rename_fields={"levelname": "level", "name": "logger"},
-        reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # of uvicorn
+        # uvicorn adds a copy of the message with colours.
+        reserved_attrs=[*RESERVED_ATTRS, "color_message"],
         timestamp="time",
     ),
 }
-# What would repeat our own lines, or come at each try to connect.
+# Below these levels the libraries repeat our own lines, or write one for each
+# attempt to connect.
 LEVELS = {"alembic": "WARNING", "pika": "CRITICAL", "psycopg": "ERROR"}
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Add the request's id; leave out probes, and calls cut at the stop."""
+    """Return whether to write a record, and give it the request's id."""
     record.request_id = request_id.get()
+    # When uvicorn stops it cancels the calls that last too long, and logs how
+    # many: a traceback for each call would say nothing new.
     if record.exc_info and record.exc_info[0] is CancelledError:
-        return False  # uvicorn has said how many calls it ends
-    arguments: Any = record.args
-    return record.name != "uvicorn.access" or arguments[2] not in PROBES
+        return False
+    if record.name == "uvicorn.access" and isinstance(record.args, tuple):
+        _client, _method, path, *_ = record.args
+        # Under `--root-path` the path begins with that of the whole app.
+        return not str(path).partition("?")[0].endswith(PROBES)
+    return True
 
 
 def configure_logging(form: str) -> None:
@@ -53,34 +59,39 @@ def configure_logging(form: str) -> None:
     for name, level in LEVELS.items():
         logging.getLogger(name).setLevel(level)
     for name in ("uvicorn", "uvicorn.access"):
-        theirs = logging.getLogger(name)
-        if theirs.handlers:  # else there are none, or --no-access-log
-            theirs.handlers.clear()
-            theirs.propagate = True
+        logger = logging.getLogger(name)
+        # Under `--no-access-log` the logger has no handler, and its lines
+        # must not reach ours.
+        if logger.handlers:
+            logger.handlers.clear()
+            logger.propagate = True
 
 
 class Outage:
-    """Say once that something is away, and once that it works again."""
+    """Logs once that something is away, and once that it works again."""
 
     def __init__(self, module: str, what: str) -> None:
-        """Start with all well; `what` begins the lines of the module."""
-        self._logger, self._what = logging.getLogger(module), what
+        """Log as `module`; each line begins with `what`."""
+        self._logger = logging.getLogger(module)
+        self._what = what
         self._failing = False
-        self._report_at = 0.0  # of time.monotonic
+        self._report_at = 0.0  # of time.monotonic, when a failure is news
 
     def report(self, error: BaseException, *, fault: bool = False) -> None:
-        """Log a failure unless the last was a moment ago."""
-        news = time.monotonic() >= self._report_at
+        """Log a failure, unless another one came a moment ago.
+
+        A `fault` is an error of ours: its line has a traceback.
+        """
+        is_news = time.monotonic() >= self._report_at
         self._report_at = time.monotonic() + REPORT_INTERVAL
         self._failing = True
-        if news:
+        if is_news:
             reason = str(error).split("\n")[0] or type(error).__name__
-            # A fault of ours, which is no outage, comes with its traceback.
             line = "%s failed: %s" if fault else "%s is away: %s"
             self._logger.warning(line, self._what, reason, exc_info=fault)
 
     def end(self) -> None:
-        """Log that it works, if it did not."""
+        """Log that it works again, if it failed."""
         if self._failing:
             self._failing = False
             self._logger.info("%s works again", self._what)

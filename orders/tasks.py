@@ -1,183 +1,348 @@
-"""The Celery worker: processes each order when its message arrives.
+"""The Celery worker: one task for each handler, run when a message arrives.
 
-The API publishes with pika, in Celery's own protocol; the broker delays the
-message. Nothing is lost when the worker, the broker or the database is killed,
-and a malformed message ends in the dead-letter queue.
+    uv run celery -A orders.tasks worker
+
+The API publishes with pika, in Celery's protocol; the broker delays messages.
+Celery runs the tasks, so that signals, `celery inspect` and Flower see them. A
+message is acknowledged when its task has succeeded. A malformed message and
+one whose task fails become dead letters; the outbox delivers the latter again.
 """
 
 import logging
+import os
+import re
+import ssl
 import time
-from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from amqp.exceptions import AccessRefused, AMQPError
 from amqp.serialization import PROPERTY_CLASSES, decode_properties_basic
 from amqp.spec import Basic
 from celery import Celery
-from celery.signals import celeryd_init, heartbeat_sent, setup_logging
-from celery.worker import state
+from celery.bin import worker as command
+from celery.exceptions import Reject
+from celery.signals import celeryd_init, setup_logging, worker_process_init
+from celery.worker import autoscale, state
 from celery.worker.consumer import Consumer
-from celery.worker.consumer.delayed_delivery import DelayedDelivery
 from kombu import Exchange, Message, Queue
-from kombu.transport.pyamqp import Transport
 
-from orders import broker, db, logs
-from orders.events import process_orders
+from orders import broker, db
+from orders.handlers import HANDLERS, run_handler
+from orders.logs import Outage, configure_logging
+from orders.problems import database_answers, is_outage
 from orders.settings import load_settings, refuse_to_start
 
-PREFETCH = 128  # messages; few, as the relay counts what is queued
-BATCH = 50  # orders that share a round trip
+THREADS = db.POOL_SIZE - 2  # each uses a connection while it works
+# Messages that wait for a thread: few, as a slow task holds them up.
+PREFETCH = 8  # for each thread
+OUTAGE_PAUSE = 1.0  # seconds until a task tries its database again
+# Long before the broker would end a consumer that acknowledges nothing: after
+# 30 minutes, unless its `consumer_timeout` says less.
+MAX_OUTAGE = 60.0  # seconds until a task gives its message back
+MAX_RECONNECT_PAUSE = 4  # seconds; Celery itself would pause for half a minute
+ALIVE_FILE = Path("/tmp/worker-alive")  # noqa: S108  (a health check reads it)
+ALIVE_INTERVAL = 2.0  # seconds
 
 logger = logging.getLogger(__name__)
 
 settings = load_settings(secret=False)
 if settings.rabbitmq_url is None:
     refuse_to_start("RABBITMQ_URL is not set: a worker needs a broker")
-engine = db.create_sync_engine(settings.database_url, db.WORKER_DEADLINE)
-database_outage = logs.Outage(__name__, "The database")
-broker_outage = logs.Outage(__name__, "RabbitMQ")
-waiting: deque[Message] = deque()  # to be processed
-
-queue, dead_letters = (
-    Queue(it, Exchange(""), it, queue_arguments=broker.QUEUE_ARGUMENTS[it])
-    for it in (broker.QUEUE, broker.DEAD_LETTERS)
-)
-app = Celery("orders", broker=settings.rabbitmq_url)
-app.conf.update(
-    broker_heartbeat=broker.BROKER_TIMEOUT,
-    task_queues=[queue],
-    worker_cancel_long_running_tasks_on_connection_loss=True,
-    worker_concurrency=1,
-    worker_consumer=f"{__name__}:StrictConsumer",
-    # RabbitMQ 4.3 refuses the exclusive queue that remote control declares.
-    worker_enable_remote_control=False,
-    worker_pool="threads",
-    worker_prefetch_multiplier=PREFETCH,
-)
-setup_logging.connect(
-    lambda **_: logs.configure_logging(settings.log_format), weak=False
-)
-
-
-@celeryd_init.connect
-def _keep_banner_for_people(instance: Any, **_: object) -> None:
-    """Print no banner among lines that a program reads."""
-    instance.quiet = settings.log_format == "json"
-
-
-@heartbeat_sent.connect
-def look_alive(**_: object) -> None:
-    """Show that the worker does not hang, to a health check."""
-    Path("/tmp/worker-alive").touch()  # noqa: S108
-
-
-look_alive()  # before anything that may wait
-# At each reconnect it says that the lost connection cannot be cleaned up.
-logging.getLogger("celery.worker.loops").setLevel("CRITICAL")
-# Celery's own delay, which is not used, would declare 28 queues.
-unused: Any = DelayedDelivery
-unused.include_if = lambda *_: False
-# To Celery a wrong password is no outage, and ends the worker.
-Transport.recoverable_connection_errors += (AccessRefused,)
-
-
-class StrictConsumer(Consumer):
-    """Celery's consumer, which dead-letters what a stock one dies of."""
-
-    # Such as a task that is a list, or no id: celery#7975, #4308, #5204.
-
-    def ensure_connected(self, conn: Any) -> Any:
-        """Connect soon after the broker's return, and look alive."""
-
-        def wait() -> None:
-            """Be called each second of a pause."""
-            look_alive()
-            state.maybe_shutdown()
-
-        conn.ensure_connection(
-            lambda error, _: broker_outage.report(error),
-            # Celery itself would pause for up to half a minute.
-            interval_max=4,
-            callback=wait,
+for name in ("", "_READ", "_WRITE"):
+    if f"CELERY_BROKER{name}_URL" in os.environ:
+        refuse_to_start(
+            f"CELERY_BROKER{name}_URL would overrule RABBITMQ_URL: unset it,"
+            " and BROKER_URL, and leave out `--broker`"
         )
-        dead_letters.bind(conn.default_channel).declare()
-        broker_outage.end()
-        return conn
 
-    def create_task_handler(self, *_: Any, **__: Any) -> Any:
-        """Return what takes each message: Celery's own costs more than it."""
+
+class Worker:
+    """The engine and the logs of outages, which the tasks share."""
+
+    def __init__(self) -> None:
+        """Make an engine; it connects when it is first used."""
+        self.engine = db.create_sync_engine(
+            settings.database_url, db.WORKER_DEADLINE
+        )
+        self.database_outage = Outage(__name__, "The database")
+        self.broker_outage = Outage(__name__, "RabbitMQ")
+
+    def process(self, kind: str, event_id: UUID) -> None:
+        """Run the handler of an event; wait while the database is away.
+
+        Raise Reject, which gives the message back, after a minute, or when
+        the worker is asked to stop. Raise the error itself if the database
+        answers after that minute: then the fault is the event's own.
+        """
+        ends_at = time.monotonic() + MAX_OUTAGE
+        while True:
+            try:
+                run_handler(self.engine, kind, event_id)
+            except Exception as error:
+                if not is_outage(error):
+                    raise  # Celery logs the event's id, and the reason
+                self.database_outage.report(error)
+                is_late = time.monotonic() > ends_at
+                if is_late and database_answers(self.engine):
+                    raise
+                stops = (state.should_stop, state.should_terminate)
+                if is_late or stops != (None, None):
+                    raise Reject(str(error), requeue=True) from error
+                time.sleep(OUTAGE_PAUSE)
+            else:
+                self.database_outage.end()
+                return
+
+
+worker = Worker()
+
+
+@worker_process_init.connect
+def begin_process(**_: object) -> None:
+    """Give each process of `--pool prefork` connections of its own."""
+    worker.engine = db.create_sync_engine(
+        settings.database_url, db.WORKER_DEADLINE
+    )
+
+
+# --- The app and its tasks --------------------------------------------------
+
+app = Celery("orders", broker=settings.rabbitmq_url)
+queue, dead_letters = (
+    Queue(
+        name, Exchange(""), name, queue_arguments=broker.QUEUE_ARGUMENTS[name]
+    )
+    for name in (broker.QUEUE, broker.DEAD_LETTERS)
+)
+app.conf.update(
+    accept_content=["json"],
+    broker_channel_error_retry=True,  # such as after a `consumer_timeout`
+    broker_connection_retry_on_startup=True,
+    broker_heartbeat=broker.BROKER_TIMEOUT,
+    # The names begin with `orders`, for a user whose rights end there.
+    control_exchange="orders.control",
+    event_exchange="orders.events",
+    event_queue_prefix="orders.events",
+    task_default_exchange="",
+    # An exclusive queue would be refused to a worker that connects again,
+    # until the broker notices that the first connection is lost. RabbitMQ 4.3
+    # refuses a queue that is neither exclusive nor durable.
+    control_queue_durable=True,
+    control_queue_exclusive=False,
+    task_acks_late=True,
+    task_acks_on_failure_or_timeout=False,
+    task_ignore_result=True,
+    task_queues=[queue],
+    task_reject_on_worker_lost=True,
+    worker_autoscaler=f"{__name__}:Autoscaler",
+    worker_concurrency=THREADS,
+    worker_consumer=f"{__name__}:CheckingConsumer",
+    worker_prefetch_multiplier=PREFETCH,
+    worker_soft_shutdown_timeout=5.0,  # seconds, after SIGQUIT
+)
+if settings.rabbitmq_url.startswith("amqps"):
+    # Without a host name, any valid certificate would do.
+    app.conf.broker_use_ssl = {
+        "cert_reqs": ssl.CERT_REQUIRED,
+        "server_hostname": urlsplit(settings.rabbitmq_url).hostname,
+    }
+
+
+def add_task(kind: str, name: str) -> None:
+    """Make the Celery task of a kind of event."""
+
+    @app.task(name=name)
+    def handle(event_id: str) -> None:
+        """Handle one event."""
+        worker.process(kind, UUID(event_id))
+
+
+for kind, handler in HANDLERS.items():
+    add_task(kind, handler.task)
+
+# --- The consumer -----------------------------------------------------------
+
+
+class CheckingConsumer(Consumer):
+    """Celery's consumer, which dead-letters malformed messages.
+
+    A stock worker dies of some of them: a task that is a list, a message
+    without an id (celery#7975, #4308, #5204).
+    """
+
+    task_consumer: Any  # the stubs of the type checker lack it
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Leave out what workers tell each other: these share nothing."""
+        options |= {"without_gossip": True, "without_mingle": True}
+        super().__init__(*arguments, **options)
+
+    def ensure_connected(self, connection: Any) -> Any:
+        """Connect soon after the broker's return."""
+        connection.ensure_connection(
+            errback=lambda error, _: worker.broker_outage.report(error),
+            interval_max=MAX_RECONNECT_PAUSE,
+            callback=look_around,
+        )
+        dead_letters.bind(connection.default_channel).declare()
+        worker.broker_outage.end()
+        return connection
+
+    def on_connection_error_before_connected(self, error: Exception) -> None:
+        """Say that the broker refuses a login, or a right; try again."""
+        worker.broker_outage.report(error)
+        pause()
+
+    def on_connection_error_after_connected(self, error: Exception) -> None:
+        """Connect again, but not at once if the broker refuses a right."""
+        super().on_connection_error_after_connected(error)
+        if isinstance(error, AccessRefused):
+            pause()
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Look alive while the loop turns."""
+        super().register_with_event_loop(hub)
+        hub.call_repeatedly(ALIVE_INTERVAL, ALIVE_FILE.touch)
+
+    def cancel_active_requests(self) -> None:
+        """End what runs, at SIGQUIT; threads have to end by themselves."""
+        with suppress(NotImplementedError):
+            super().cancel_active_requests()
+
+    def create_task_handler(
+        self, *arguments: Any, **options: Any
+    ) -> Callable[[Message], None]:
+        """Return what takes each message: check it, then hand it on."""
+        handle = super().create_task_handler(*arguments, **options)
+        self.task_consumer.on_decode_error = reject_malformed
 
         def receive(message: Message) -> None:
-            """Let a message wait for the next trip, unless it is malformed."""
+            """Hand a message on to Celery, unless it is malformed."""
             try:
                 check_message(message)
-            except Exception as error:  # it raises whatever its parts raise
-                self.on_decode_error(message, error)
-                return
-            waiting.append(message)
-            if len(waiting) == 1:  # the first calls who takes all
-                self.pool.apply_async(process_new_orders, callback=str)
+            except Exception as error:  # each part raises errors of its own
+                reject_malformed(message, error)
+            else:
+                handle(message)
 
         return receive
 
-    def on_decode_error(self, message: Message, exc: Exception) -> None:
-        """Reject a malformed message: Celery would acknowledge it."""
-        logger.error("Rejected a malformed message: %r", exc)
-        message.reject_log_error(logger, (OSError, AMQPError))
+
+def check_message(message: Message) -> None:
+    """Raise unless the publisher would write such a message."""
+    # Headers with an x are the broker's own.
+    headers = {
+        name: value
+        for name, value in message.headers.items()
+        if not name.startswith("x-")
+    }
+    task, trace = headers["task"], headers.get("traceparent")
+    event_id = UUID(headers["id"])
+    sent = broker.Message(event_id, task, timedelta(0), trace)
+    expected = broker.celery_content(sent)
+    tasks = {handler.task for handler in HANDLERS.values()}
+    is_ours = task in tasks and message.content_encoding == broker.ENCODING
+    if not is_ours or (headers, message.payload) != expected:
+        raise ValueError("the publisher writes no such message")
+
+
+def reject_malformed(message: Message, error: Exception) -> None:
+    """Let the broker keep a malformed message as a dead letter."""
+    logger.error("Rejected a malformed message: %r", error)
+    message.reject_log_error(logger, (OSError, AMQPError))
+
+
+def look_around() -> None:
+    """Look alive, for a health check, and see whether to stop."""
+    ALIVE_FILE.touch()
+    state.maybe_shutdown()
+
+
+def pause() -> None:
+    """Wait before the next try to connect."""
+    for _ in range(MAX_RECONNECT_PAUSE):
+        look_around()
+        time.sleep(1)
+
+
+look_around()  # before anything that may wait
+
+# --- The worker's log -------------------------------------------------------
+
+
+@celeryd_init.connect
+def prepare(instance: Any, **_: object) -> None:
+    """Name the node, and keep the banner for people."""
+    instance.hostname = instance.hostname.replace("celery@", "orders@", 1)
+    instance.quiet = settings.log_format == "json"
+    set_up_logging()
+
+
+@setup_logging.connect
+def set_up_logging(**_: object) -> None:
+    """Log as the API does; Python's warnings, too."""
+    configure_logging(settings.log_format)
+    logging.captureWarnings(capture=True)
+    # Otherwise each order, and each message that is given back, is a line.
+    for name in ("celery.app.trace", "celery.worker.strategy"):
+        logging.getLogger(name).setLevel("ERROR")
+    for name in ("celery.worker.loops", "celery.worker.request"):
+        logging.getLogger(name).addFilter(is_news)
+    logging.getLogger("py.warnings").addFilter(is_news)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Return whether a line about a lost connection is of any use.
+
+    Celery says that it can neither acknowledge by the connection nor clean it
+    up, and advertises a setting. The messages come again.
+    """
+    noise = "Couldn't (ack|reject)|Error cleaning|CPendingDeprecationWarning"
+    return re.search(noise, record.getMessage()) is None
+
+
+# --- Patches of libraries ---------------------------------------------------
+
+
+class Autoscaler(autoscale.Autoscaler):
+    """Leaves a pool alone that cannot grow, as one of threads (celery#5333).
+
+    Test: burst[autoscale].
+    """
+
+    def maybe_scale(self, request: Any = None) -> None:
+        """Change the size of the pool, if need be."""
+        if hasattr(self.pool, "grow"):
+            super().maybe_scale(request)
+
+
+# Celery: its own delayed delivery declares 28 queues, which nobody needs here.
+# Test: rights_for_names_of_orders.
+Consumer.Blueprint.default_steps.remove(
+    "celery.worker.consumer.delayed_delivery:DelayedDelivery"
+)
+# Celery: the setting `worker_pool` would overrule the option `--pool prefork`
+# (celery#6711), so change the default of the option. Test: burst[prefork].
+for option in command.worker.params:
+    if option.name == "pool":
+        option.default = "threads"
 
 
 def read_properties(buffer: bytes, offset: int) -> tuple[Any, int]:
     """Return a message's properties, or none if they cannot be read."""
-    # An error would end the worker; a message without any is rejected later.
     try:
         return decode_properties_basic(buffer, offset)
     except Exception:  # bytes that are not UTF-8, a time out of range, ...
         return {}, offset
 
 
+# py-amqp: an unreadable property ends the worker (celery#5204). A message
+# without properties is rejected later. Test: hostile_messages.
 parsers: dict[int, Any] = PROPERTY_CLASSES
 parsers[Basic.CLASS_ID] = read_properties
-
-
-def check_message(message: Message) -> None:
-    """Raise unless it is what the publisher sends, and nothing besides."""
-    # Celery reads all as UTF-8. Headers with an x are the broker's own.
-    ours = {name for name in message.headers if not name.startswith("x-")}
-    found = message.content_encoding, ours, message.headers["task"]
-    if found != ("utf-8", {"lang", "task", "id"}, broker.TASK):
-        raise ValueError("it is not what the publisher writes")
-    _, kwargs, _ = message.payload
-    for it in (message.headers["id"], kwargs["event_id"], kwargs["order_id"]):
-        UUID(it)
-
-
-@app.task(name=broker.TASK)
-def process_new_orders() -> None:
-    """Process the orders that wait, trip after trip; wait in an outage."""
-    size = BATCH
-    while waiting and state.should_stop is None:
-        messages = [waiting[n] for n in range(min(size, len(waiting)))]
-        settle: Any = partial(Message.ack, multiple=True)
-        try:
-            calls = [message.payload[1] for message in messages]
-            requests = {UUID(it["event_id"]): it["request_id"] for it in calls}
-            process_orders(engine, requests)
-            database_outage.end()
-        except Exception as error:
-            if db.is_outage(error):
-                database_outage.report(error)
-                time.sleep(1)
-                continue
-            if len(messages) > 1:
-                size = 1  # who is bad must fail alone
-                continue
-            logger.exception("Rejected a message that failed")
-            settle, size = Message.reject, BATCH
-        for _ in messages:
-            waiting.popleft()
-        with suppress(OSError, AMQPError):  # else they come again
-            settle(messages[-1])  # for all until here, which are in order
