@@ -9,6 +9,7 @@ they are named, or with `--all`.
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -38,6 +39,8 @@ os.environ["PYTEST_ADDOPTS"] = "-n 0"  # of the runs that a test starts
 pytest.register_assert_rewrite("faults")
 
 import servers
+from fastapi import applications
+from fastapi.openapi import utils
 from fastapi.testclient import TestClient
 from pwdlib.hashers.argon2 import Argon2Hasher
 
@@ -45,6 +48,8 @@ from orders import auth
 from orders.__main__ import ALEMBIC_INI
 from orders.api import create_app
 from orders.settings import Settings
+
+servers.use_memory()
 
 PASSWORD = "correct horse battery"
 SECRET = "never-in-a-log"  # of the private servers, which take any
@@ -55,7 +60,7 @@ ITEMS = [{"name": "tea", "quantity": 3, "price": 0.1}]
 # Tests of these run one after the other, for they share what is dear to make.
 SHARED = ("frail_rabbitmq", "reader", "server")
 # The modules in which a test that runs processes harms them, or waits long.
-FAULTS = {"faults", "store_faults", "trust", "outages", "loads"}
+FAULTS = {"faults", "store_faults", "trust", "outages", "loads", "tasks"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -102,8 +107,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = item.fixturenames
         module = item.path.stem.removeprefix("test_")
-        if module in FAULTS and "run" in fixtures:
+        harms_ours = module in FAULTS and "run" in fixtures
+        if harms_ours or "frail_rabbitmq" in fixtures:
             item.add_marker("fault")
+        if "reader" in fixtures:  # makes an environment like a reader's
+            item.add_marker("long")
         for shared in SHARED:
             if shared in fixtures:
                 item.add_marker(pytest.mark.xdist_group(shared))
@@ -210,6 +218,23 @@ def cheap_passwords() -> Iterator[None]:
     hasher = Argon2Hasher(memory_cost=64, time_cost=1, parallelism=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(auth, "passwords", hasher)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_schemas() -> Iterator[None]:
+    """Let this process describe the API once: each app does at its start."""
+    schemas: dict[str, str] = {}
+
+    def get_openapi(**app: object) -> dict[str, object]:
+        """Return the schema of an app; its limit is in the description."""
+        limit = str(app["description"])
+        if limit not in schemas:
+            schemas[limit] = json.dumps(utils.get_openapi(**app))
+        return json.loads(schemas[limit])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(applications, "get_openapi", get_openapi)
         yield
 
 

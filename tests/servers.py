@@ -19,13 +19,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
+from preloaded import COVERAGE, Program
+from preloaded import without_coverage as without_coverage
 
 START_TIMEOUT = 60  # seconds
 BROKER_PASSWORD = "never-to-be-logged"
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+# The PATH of a user who is not root lacks the second folder.
+PGBOUNCER = shutil.which("pgbouncer") or shutil.which(
+    "pgbouncer", path="/usr/sbin"
+)
 PYTHON = Path(sys.executable).parent
 PORTS = range(12_000, 32_000)  # below those that systems give away
-COVERAGE = "COVERAGE_PROCESS_CONFIG"  # set while processes are measured
+MEMORY = "/dev/shm"
+MIN_MEMORY = 6 * 1024**3  # bytes; the environments of readers are the most
+
+
+def use_memory() -> None:
+    """Keep all files of the tests in memory, if there is room for them.
+
+    Most tests in production have a database of their own. To make it takes
+    twelve times as long on a disk, even without waiting for the disk.
+    """
+    with contextlib.suppress(OSError):
+        stat = os.statvfs(MEMORY)
+        is_roomy = stat.f_bavail * stat.f_frsize > MIN_MEMORY
+        if is_roomy and not stat.f_flag & os.ST_NOEXEC:
+            os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
 
 
 def postgres_binaries() -> Path | None:
@@ -70,15 +90,6 @@ def free_port() -> int:
             return port
 
 
-def without_coverage() -> dict[str, str]:
-    """Return the environment for a program that is not ours."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("COVERAGE")
-    }
-
-
 def wait_until(
     condition: Callable[[], object], timeout: float = START_TIMEOUT
 ) -> None:
@@ -115,10 +126,17 @@ class Server:
         user: str | None = None,
         ready: Callable[[], object] | None = None,
         ours: bool = False,
+        preloaded: bool = False,
         data: Path | None = None,
     ) -> None:
-        """Remember how to start it, whether it is ours, what it leaves."""
+        """Remember how to start it, whether it is ours, what it leaves.
+
+        `preloaded`: start it with its libraries imported, unless `env` tells
+        the interpreter something.
+        """
         self.ours = ours
+        tells = any(name.startswith("PYTHON") for name in env or {})
+        self.preloaded = preloaded and not tells
         self.data = data
         self.command = [str(part) for part in command]
         self.port = port
@@ -127,7 +145,7 @@ class Server:
         self.env = {**os.environ, **(env or {})}
         self.user = user
         self.ready = ready or self.listens
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Program | None = None
         self.starts_at = 0  # bytes of the log that earlier starts wrote
 
     def listens(self) -> bool:
@@ -141,16 +159,21 @@ class Server:
         """Start the process and wait until it is ready."""
         with self.log.open("ab") as log:
             self.starts_at = log.tell()
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env=self.env,
-                user=self.user,
-                start_new_session=True,
-            )
+            if self.preloaded:
+                self.process = Program(
+                    self.command, self.folder, self.env, self.log, self.log
+                )
+            else:
+                self.process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self.folder,
+                    env=self.env,
+                    user=self.user,
+                    start_new_session=True,
+                )
         deadline = time.monotonic() + START_TIMEOUT
         while not self.ready():
             assert self.process.poll() is None, self.text()
@@ -239,11 +262,48 @@ def postgres(folder: Path, files: Path | None = None) -> Server:
             *("-c", "fsync=off", "-c", "full_page_writes=off"),
             # It would go round the hundreds of databases of the tests.
             *("-c", "autovacuum=off"),
+            # Its files end with its folder, after a kill, too.
+            *("-c", "dynamic_shared_memory_type=mmap"),
         ],
         port=port,
         folder=folder,
         user=user,
         ready=ready,
+        data=data,
+    )
+
+
+def pgbouncer(folder: Path, target: Server, *lines: str) -> Server:
+    """Return a pooler in front of a PostgreSQL.
+
+    Beyond where it is, and who may come, it has its default settings, and
+    those in `lines`.
+    """
+    port = free_port()
+    user = "postgres" if os.geteuid() == 0 else None
+    data = Path(tempfile.mkdtemp(prefix="orders-pgbouncer-"))
+    configuration = [
+        "[databases]",
+        f"* = host=127.0.0.1 port={target.port}",
+        "[pgbouncer]",
+        f"listen_port = {port}",
+        "listen_addr = 127.0.0.1",
+        "unix_socket_dir =",  # its default is the folder of all of them
+        "auth_type = trust",
+        f"auth_file = {data}/users",
+        "admin_users = postgres",
+        *lines,
+    ]
+    (data / "ini").write_text("\n".join(configuration))
+    (data / "users").write_text('"postgres" ""\n')
+    if user:
+        for path in (data, *data.iterdir()):
+            shutil.chown(path, user)
+    return Server(
+        [PGBOUNCER, data / "ini"],
+        port=port,
+        folder=folder,
+        user=user,
         data=data,
     )
 
@@ -308,6 +368,7 @@ def api(folder: Path, env: dict[str, str]) -> Server:
         env=env,
         ready=lambda: healthy(port),
         ours=True,
+        preloaded=True,
     )
 
 
@@ -322,6 +383,7 @@ def worker(folder: Path, env: dict[str, str]) -> Server:
         folder=folder,
         env=env,
         ours=True,
+        preloaded=True,
     )
     server.ready = lambda: (
         b"ready." in server.log.read_bytes()[server.starts_at :]

@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orders.api import create_app
-from orders.auth import canonical_email
-from orders.models import TRANSITIONS, OrderStatus
+from orders.auth import EMAIL
+from orders.models import ORDER_FORM, TRANSITIONS, OrderStatus
 from orders.service import OrderService
 
 UNKNOWN = "96d7d433-c31f-458f-80e0-2ca062dff923"  # of the examples
@@ -72,11 +72,11 @@ DOMAIN = st.text(min_size=1, max_size=10).map(lambda text: f"{text}.com")
 def test_a_second_pass_changes_no_address(address):
     """Or else one user could have two forms."""
     try:
-        once = canonical_email(address)
+        once = EMAIL.validate_python(address)
     except ValueError:
         return
 
-    assert canonical_email(once) == once
+    assert EMAIL.validate_python(once) == once
     assert len(once) <= 254
 
 
@@ -219,7 +219,7 @@ def test_create_answers_the_order(client, ada):
     order = answer.json()
     assert answer.status_code == 201
     assert answer.headers["location"] == f"/orders/{order['id']}"
-    assert answer.headers["etag"] == '"PENDING.1"'
+    assert answer.headers["etag"] == f'"PENDING.{ORDER_FORM}"'
     assert order["total_price"] == 0.3
     assert order["items"] == items
     assert order["status"] == "PENDING"
@@ -421,7 +421,7 @@ def test_the_state_machine_holds(ada, old, new):
     if new in TRANSITIONS[old]:
         assert answer.status_code == 200
         assert answer.json()["status"] == new
-        assert answer.headers["etag"] == f'"{new}.1"'
+        assert answer.headers["etag"] == f'"{new}.{ORDER_FORM}"'
     else:
         assert answer.status_code == 409
         allowed = sorted(TRANSITIONS[old]) or ["nothing"]
@@ -549,7 +549,7 @@ def test_concurrent_creates_with_one_key_make_one_order(ada):
 def test_validators_save_reads_and_guard_writes(ada):
     """If-None-Match answers 304, a stale If-Match 412."""
     order_id = ada.order()
-    pending = '"PENDING.1"'
+    pending = f'"PENDING.{ORDER_FORM}"'
 
     for _ in range(2):  # a miss, then a hit
         answer = ada.get(order_id, headers={"If-None-Match": pending})
@@ -620,6 +620,8 @@ def test_health_and_readiness_say_how_it_is(client, settings):
         "database": "ok",
         "cache": cache,
         "broker": broker,
+        "backlog": 0,
+        "oldest_seconds": 0.0,
     }
 
     servers.wait_until(lambda: client.get("/ready").json() == ready)
@@ -630,6 +632,10 @@ def test_the_sixth_call_of_a_minute_is_refused(settings):
     """One budget over all calls, refused ones counted, the free ones not."""
     app = create_app(replace(settings, rate_limit="5/minute"))
     with TestClient(app) as client:
+        # Until Redis is trusted, the process counts by itself.
+        servers.wait_until(
+            lambda: client.get("/ready").json()["cache"] != "untrusted"
+        )
         for path in ("/health", "/ready", "/docs", "/openapi.json"):
             client.get(path)
         counted = [

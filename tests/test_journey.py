@@ -23,6 +23,7 @@ def orders_command(folder, env=None):
         },
         ready=lambda: servers.healthy(port),
         ours=True,
+        preloaded=True,
     )
 
 

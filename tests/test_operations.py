@@ -4,8 +4,10 @@ import contextlib
 import json
 import re
 import signal
+import sqlite3
 import subprocess
 import threading
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
@@ -24,6 +26,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
 from test_journey import orders_command
 
 from orders.api import create_app
+from orders.broker import Publisher, celery_message
+from orders.handlers import HANDLERS
+from orders.models import EventKind
 
 PARTS = {"time", "level", "logger", "message", "request_id"}
 
@@ -53,6 +58,17 @@ def instruments(reader):
         for scope in resource.scope_metrics
         for metric in scope.metrics
     }
+
+
+def named(spans, name):
+    """Return the finished spans of a name."""
+    return [s for s in spans.get_finished_spans() if s.name == name]
+
+
+def gauge(reader, name):
+    """Return what a gauge shows; None if it was never set."""
+    metric = instruments(reader).get(name)
+    return metric and metric.data.data_points[0].value
 
 
 def test_a_call_is_a_span_and_an_order_a_lag(telemetry, embedded):
@@ -85,6 +101,69 @@ def test_a_call_is_a_span_and_an_order_a_lag(telemetry, embedded):
     assert lag.unit == "s"
     assert point.count == 1
     assert 1.9 < point.sum < 5
+
+
+def test_a_handler_is_a_span_of_the_trace_of_its_call(telemetry, embedded):
+    """The client's trace goes on in the API, and in the handler."""
+    spans, _ = telemetry
+    trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    sent = {"traceparent": f"00-{trace_id}-{parent}-01"}
+    with TestClient(create_app(embedded)) as client:
+        ada = User(client, "ada@example.com")
+        spans.clear()
+        order_id = ada.create(headers=sent).json()["id"]
+        servers.wait_until(lambda: ada.processed(order_id), 10)
+        servers.wait_until(lambda: named(spans, "orders.process_order"), 5)
+
+    [task] = named(spans, "orders.process_order")
+    [call] = named(spans, "POST /orders/")
+    assert task.context.trace_id == call.context.trace_id == int(trace_id, 16)
+    # The one of the call, or of a part of it.
+    spans_of_call = {s.context.span_id for s in spans.get_finished_spans()}
+    assert task.parent.span_id in spans_of_call - {task.context.span_id}
+    assert task.kind.name == "CONSUMER"
+
+
+def test_a_trace_travels_in_the_event_and_the_message(
+    telemetry, production, monkeypatch
+):
+    """As the header `traceparent`, which Celery's instrumentation reads."""
+    delivered = []
+    monkeypatch.setattr(
+        Publisher, "deliver", lambda _, messages: delivered.extend(messages)
+    )
+    with TestClient(create_app(production)) as client:
+        ada = User(client, "ada@example.com")
+        ada.order()
+        servers.wait_until(lambda: delivered, 10)
+
+    [message] = delivered
+    properties, _ = celery_message(message)
+    [call] = named(telemetry[0], "POST /orders/")[-1:]
+    trace_id = f"{call.context.trace_id:032x}"
+    assert properties.headers["traceparent"].split("-")[1] == trace_id
+
+
+def test_the_backlog_is_two_gauges(telemetry, embedded, monkeypatch):
+    """How many events wait, and the age of the oldest."""
+    _, reader = telemetry
+    handler = HANDLERS[EventKind.NEW_ORDER]._replace(delay=timedelta(hours=1))
+    monkeypatch.setitem(HANDLERS, EventKind.NEW_ORDER, handler)
+    with TestClient(create_app(embedded)) as client:
+        ada = User(client, "ada@example.com")
+        ada.order()
+        with sqlite3.connect(embedded.database_url[10:]) as late:
+            late.execute("UPDATE events SET created_at = '2026-01-01'")
+        for _ in range(2):
+            ada.order()
+        servers.wait_until(
+            lambda: gauge(reader, "orders.outbox.waiting") == 3, 10
+        )
+
+    age = datetime.now(UTC) - datetime(2026, 1, 1, 1, tzinfo=UTC)  # its delay
+    oldest = gauge(reader, "orders.outbox.oldest")
+    assert oldest == pytest.approx(age.total_seconds(), abs=60)
+    assert instruments(reader)["orders.outbox.oldest"].unit == "s"
 
 
 def test_no_span_repeats_a_password(telemetry, embedded):
@@ -161,6 +240,41 @@ def test_four_lines_of_env_turn_telemetry_on(tmp_path, http, collector):
     assert not sent(b"no-such-secret")
 
 
+def test_a_task_of_a_worker_is_a_span_of_the_trace(
+    production, run, http, collector
+):
+    """As the page for operators starts a worker with telemetry."""
+    telemetry = {
+        "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": (
+            f"http://127.0.0.1:{collector.server_port}"
+        ),
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+    }
+
+    def instrumented(folder, env):
+        server = servers.worker(folder, env)
+        server.command.insert(0, servers.PYTHON / "opentelemetry-instrument")
+        return server
+
+    worker = run(instrumented, production, **telemetry)
+    api = run(servers.api, production, **telemetry)
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    sent = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+    ada = User(http(api), "ada@example.com")
+    order_id = ada.create(headers=sent).json()["id"]
+    servers.wait_until(lambda: ada.processed(order_id), 15)
+    worker.stop()
+    api.stop()
+
+    [spans] = [
+        body
+        for path, body in collector.received
+        if path == "/v1/traces" and b"orders.process_order" in body
+    ]
+    assert bytes.fromhex(trace_id) in spans
+
+
 # --- Logs -------------------------------------------------------------------
 
 
@@ -197,6 +311,7 @@ def test_json_logs_of_the_api_are_an_object_a_line(tmp_path, http):
     assert not any("/health" in line["message"] for line in access)
 
 
+@pytest.mark.long
 def test_json_logs_of_processes_and_workers_too(production, run, http):
     """A bare uvicorn and Celery write the same."""
     # Celery warns of root, which no service should be, before it logs.
@@ -230,7 +345,8 @@ def test_text_stays_the_default(tmp_path, http):
         servers.wait_until(lambda: "[text-1]" in server.text(), 5)
 
     assert '{"time"' not in server.text()
-    assert "`RATE_LIMIT= uv run orders` lifts it" in server.text()
+    # Nothing of how to lift a limit that is off.
+    assert "limit     none\n" in server.text()
 
 
 # --- Proxies, and the framework's command -----------------------------------

@@ -15,7 +15,7 @@ from orders import cache
 from orders.api import create_app
 from orders.auth import Accounts, UserCreate
 from orders.cache import MemoryCache, OrderView, RedisAway, RedisCache
-from orders.db import MAX_CALLS, Batch, Database
+from orders.db import MAX_BATCH, Batcher, Database
 from orders.models import OrderCreate, OrderStatus
 from orders.service import OrderService
 
@@ -54,11 +54,13 @@ def test_orders_are_taken_without_redis_and_rabbitmq(embedded):
     assert changed.status_code == 200
     assert after.json()["status"] == "PAID"
     assert ready.status_code == 200
-    assert ready.json() == {
+    assert ready.json() | {"backlog": 0, "oldest_seconds": 0} == {
         "status": "degraded",
         "database": "ok",
         "cache": "untrusted",
         "broker": "unavailable",
+        "backlog": 0,
+        "oldest_seconds": 0,
     }
     assert codes == [200, 200, 429]
 
@@ -105,7 +107,7 @@ def test_an_absent_redis_is_met_by_the_keeper_alone():
     async def run():
         shared = RedisCache(refused("redis"))
         began = time.monotonic()
-        assert await shared.ask("PING") is None
+        assert await shared.execute("PING") is None
         shared.fill(ORDER, view("old"), time.monotonic())
         await shared.invalidate(ORDER)
         assert await shared.get(ORDER) is None
@@ -131,7 +133,8 @@ def view(body, status="PENDING"):
 
 async def prove(orders, *changed):
     """Make a keeper's round that knows all changes."""
-    await orders.prove(changed, began=time.monotonic(), complete=True)
+    await orders.write_tombstones(changed)
+    orders.trust_from(time.monotonic())
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -144,7 +147,7 @@ def filled(request):
     async def run(use):
         orders = RedisCache(stack.redis_url)
         await prove(orders)
-        await orders.ask("FLUSHALL")
+        await orders.execute("FLUSHALL")
         await prove(orders)
         await use(orders)
         await orders.close()
@@ -216,7 +219,7 @@ class Trips:
     def __init__(self):
         """Have nothing under way."""
         self.made, self.ends = [], []
-        self.batch = Batch(self.trip)
+        self.batcher = Batcher(self.trip)
 
     async def trip(self, questions):
         """Answer each question with its double, a text with an error."""
@@ -227,9 +230,9 @@ class Trips:
             ValueError(q) if isinstance(q, str) else 2 * q for q in questions
         ]
 
-    async def ask(self, *questions):
+    async def submit(self, *questions):
         """Ask, and return the answers' futures once they travel or wait."""
-        asked = [self.batch.ask(question) for question in questions]
+        asked = [self.batcher.submit(question) for question in questions]
         await asyncio.sleep(0)
         return asked
 
@@ -244,17 +247,17 @@ def test_a_first_call_travels_at_once_and_the_next_together():
 
     async def run():
         trips = Trips()
-        asked = await trips.ask(1)
+        asked = await trips.submit(1)
         assert trips.made == [[1]]
-        asked += await trips.ask(2, 3)
-        asked += await trips.ask(4)
+        asked += await trips.submit(2, 3)
+        asked += await trips.submit(4)
         assert trips.made == [[1]]
         trips.ends[0].set_result(None)
         assert await asked[0] == 2
         assert trips.made == [[1], [2, 3, 4]]
         trips.ends[1].set_result(None)
         assert await ends(asked) == [2, 4, 6, 8]
-        assert len(await trips.ask(5)) == 1
+        assert len(await trips.submit(5)) == 1
         assert trips.made[2:] == [[5]]
         trips.ends[2].set_result(None)
 
@@ -266,8 +269,8 @@ def test_an_answer_is_its_own_callers():
 
     async def run():
         trips = Trips()
-        asked = await trips.ask(0)
-        asked += await trips.ask(1, "bad", 3, 4)
+        asked = await trips.submit(0)
+        asked += await trips.submit(1, "bad", 3, 4)
         trips.ends[0].set_result(None)
         await asked[0]
         asked[3].cancel()
@@ -280,16 +283,33 @@ def test_an_answer_is_its_own_callers():
     asyncio.run(run())
 
 
+def test_a_trip_with_too_few_answers_fails_and_the_next_travels():
+    """A mistake in the code of a trip must not leave callers waiting."""
+
+    async def run():
+        trips = Trips()
+        asked = await trips.submit(1)
+        asked += await trips.submit(2, 3)
+        trips.made[0].clear()  # so that there is nothing to answer
+        trips.ends[0].set_result(None)
+        assert {type(end) for end in await ends(asked)} == {ValueError}
+        (later,) = await trips.submit(7)
+        trips.ends[1].set_result(None)
+        assert await later == 14
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
 def test_who_waits_behind_a_trip_that_fails_fails_with_it():
     """Nobody waits for two time limits; who comes later travels."""
 
     async def run():
         trips = Trips()
-        asked = await trips.ask(1)
-        asked += await trips.ask(*range(2 * MAX_CALLS))
+        asked = await trips.submit(1)
+        asked += await trips.submit(*range(2 * MAX_BATCH))
         trips.ends[0].set_exception(OSError())
         assert {type(end) for end in await ends(asked)} == {OSError}
-        (later,) = await trips.ask(7)
+        (later,) = await trips.submit(7)
         trips.ends[1].set_result(None)
         assert await later == 14
         assert trips.made == [[1], [7]]
@@ -302,14 +322,14 @@ def test_a_trip_carries_so_many_calls_and_no_more():
 
     async def run():
         trips = Trips()
-        asked = await trips.ask(0)
-        asked += await trips.ask(*range(MAX_CALLS + 1))
+        asked = await trips.submit(0)
+        asked += await trips.submit(*range(MAX_BATCH + 1))
         for number in range(3):
             await asyncio.sleep(0)
             trips.ends[number].set_result(None)
             await asyncio.sleep(0.01)
         await ends(asked)
-        assert [len(made) for made in trips.made] == [1, MAX_CALLS, 1]
+        assert [len(made) for made in trips.made] == [1, MAX_BATCH, 1]
 
     asyncio.run(run())
 
@@ -325,7 +345,7 @@ class Change:
         self.database = Database(settings.database_url)
         self.accounts = Accounts(self.database, settings)
         self.cache = MemoryCache()
-        self.service = OrderService(self.database, self.cache)
+        self.service = OrderService(self.database, self.cache, frozenset())
         self.invalidate = self.cache.invalidate
 
     async def run(self, invalidate):
@@ -340,7 +360,7 @@ class Change:
         self.cache.invalidate = invalidate
         with suppress(Died):
             await self.service.change_status(
-                self.user, self.order_id, "PAID", known=OrderStatus
+                self.user, self.order_id, "PAID", expected=OrderStatus
             )
         status = await self.read()
         await self.database.close()
@@ -353,7 +373,9 @@ class Change:
 
     async def committed(self):
         """Return whether another connection sees the change."""
-        return (await self.service._reads.ask(self.order_id)).status == "PAID"
+        return (await self.service._reads.submit(self.order_id))[
+            "status"
+        ] == "PAID"
 
 
 class Died(Exception):

@@ -8,7 +8,7 @@ from conftest import User
 from test_journey import orders_command
 
 from orders.api import app
-from orders.models import REFUSALS
+from orders.problems import REFUSALS
 
 
 @pytest.mark.long
@@ -101,13 +101,13 @@ def test_the_schema_says_whose_it_is_and_how_long_keys_live():
 
     assert schema["info"]["license"]["name"] == "MIT"
     assert schema["info"]["contact"]["name"]
-    assert "never expire" in headers["Idempotency-Key"]
+    assert "while its order is kept" in headers["Idempotency-Key"]
     assert limit["maximum"] == 100
 
 
 def test_the_page_of_the_docs_explains_each_kind():
-    """What the `type` of a problem refers to."""
-    description = app.openapi()["info"]["description"]
+    """What the `type` of a problem refers to stands at the page's end."""
+    description = app.openapi()["tags"][-1]["description"]
 
     for kind, (status, _) in REFUSALS.items():
         assert f"| {kind} | {status} |" in description

@@ -31,7 +31,7 @@ from orders.api import create_app
 from orders.auth import Accounts, UserCreate
 from orders.cache import MemoryCache, RedisCache
 from orders.db import API_DEADLINE, POOL_SIZE, Database, create_sync_engine
-from orders.http import RateLimiter
+from orders.middleware import RateLimiter
 from orders.models import TRANSITIONS, OrderCreate
 from orders.service import OrderService
 
@@ -209,9 +209,12 @@ def test_a_call_is_counted_in_one_round_trip(stack):
 
     async def count():
         shared = RedisCache(stack.redis_url)
-        await shared.prove([], began=time.monotonic(), complete=True)
-        trip = shared._batch._trip
-        shared._batch._trip = lambda calls: trips.append(calls) or trip(calls)
+        await shared.write_tombstones([])
+        shared.trust_from(time.monotonic())
+        trip = shared._batcher._flush
+        shared._batcher._flush = lambda calls: (
+            trips.append(calls) or trip(calls)
+        )
         limiter = RateLimiter("5/minute;100/hour;1000/day", shared)
         client = str(uuid.uuid4()), 1
         request = Request({"type": "http", "client": client, "headers": []})
@@ -513,7 +516,10 @@ def test_creates_that_repeat_each_others_keys_do_not_deadlock(production):
         accounts = Accounts(databases[0], production)
         draft = UserCreate(email="ada@example.com", password="long enough")
         user = (await accounts.register(draft)).id
-        services = [OrderService(each, MemoryCache()) for each in databases]
+        services = [
+            OrderService(each, MemoryCache(), frozenset())
+            for each in databases
+        ]
         async with databases[0].engine.begin() as connection:
             for statement in SLOW_INSERTS:
                 await connection.execute(text(statement))
@@ -540,6 +546,7 @@ def test_creates_that_repeat_each_others_keys_do_not_deadlock(production):
 # --- A crowd ----------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [800, 1000])
 def test_a_crowd_is_answered_or_told_to_come_back(
     private_redis, tmp_path, http, rounds, size
