@@ -6,7 +6,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import SQLModel
 
-from orders import auth, models  # noqa: F401  (fills the metadata)
+from orders import models  # noqa: F401  (fills the metadata)
 from orders.db import create_sync_engine
 from orders.problems import is_outage
 from orders.settings import load_settings, refuse_to_start

@@ -28,11 +28,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, SQLModel, select
 
 from orders.db import Database
-from orders.models import RequestBody, example
+from orders.models import MAX_EMAIL, RequestBody, User, example
 from orders.problems import RETRY_AFTER, Refusal, new_router
 from orders.settings import Settings
 
-MAX_EMAIL = 254  # characters; RFC 5321, section 4.5.3.1.3
 MIN_PASSWORD, MAX_PASSWORD = 8, 128  # characters
 MAX_LOGINS = 32  # passwords that wait to be hashed: about a second's work
 MAX_USER_ID = 2**31 - 1  # of PostgreSQL's integer
@@ -77,16 +76,6 @@ class UserPublic(SQLModel):
 
     id: int
     email: str
-
-
-class User(SQLModel, table=True):
-    """A registered user."""
-
-    __tablename__ = "users"
-
-    id: int | None = Field(default=None, primary_key=True)
-    email: str = Field(max_length=MAX_EMAIL, unique=True)
-    hashed_password: str
 
 
 class Token(SQLModel):

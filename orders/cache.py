@@ -15,8 +15,8 @@ not overwrite. A change of an order goes like this:
    processes share one Redis, so that the tombstones of one keeper serve all.
 
 No read asks a Redis that is not trusted. So for a read, a server that hangs,
-refuses, is slow, full, read-only or cut off is one case: a miss, which takes
-TRIP_TIMEOUT once, until the trust is lost.
+refuses, is slow, full, read-only or cut off is one case: a miss. The miss
+takes TRIP_TIMEOUT at most, and ends the trust: later reads do not wait.
 """
 
 import asyncio
@@ -230,8 +230,8 @@ class RedisCache:
     async def invalidate(self, order_id: UUID) -> bool:
         """Write a tombstone; return whether it was written.
 
-        Unlike a read, a change asks a Redis that is connected, but not
-        trusted. If Redis refuses, this process trusts nothing until its
+        Unlike a read, a change asks a Redis that is connected even if it is
+        not trusted. If Redis refuses, this process trusts nothing until its
         keeper has written the tombstone.
         """
         key = self._key(order_id)
@@ -295,8 +295,8 @@ class RedisCache:
 
     async def _make_trip(self, commands: list[Command]) -> list[Reply]:
         """Return the answers to commands, which share one round trip."""
-        # Without this check a call would connect, to whatever server is
-        # there, with the keys of the server that was there before.
+        # The client would connect by itself, and maybe to another server, but
+        # only `_connect` reads the epoch of a server.
         if not self._epoch:
             raise RedisAway("not connected")
         try:

@@ -1,8 +1,8 @@
 """Move events on: the outbox's relay, and the keeper of the cache.
 
 An event is *due* while it is not processed and its `due_at` is reached. The
-relay claims due events by pushing their `due_at` into the future, which is a
-*lease*, and delivers them. If a message is lost (a purged queue, a relay that
+relay claims an event, due now or soon, by moving its `due_at` to the end of a
+*lease*, and delivers it. If the message is lost (a purged queue, a relay that
 was killed), the lease runs out, and the event is due again. So each event is
 delivered at least once, and `handlers` lets it take effect once.
 
@@ -37,15 +37,15 @@ from orders.problems import database_answers, is_outage, is_unreachable
 
 POLL_INTERVAL = 0.25  # seconds between two rounds of the relay, or the keeper
 CLAIM_SIZE = 500  # events of one kind that the relay claims at once
-# A message is published this long before its event is due, at most, and waits
-# in the delay queue, where it blocks those behind it.
+# A message is published at most this long before its event is due. Until then
+# it is in the delay queue, where it holds up those behind it.
 AHEAD = timedelta(seconds=2)
 FIRST_LEASE = timedelta(seconds=30)  # doubles with each delivery
 LAST_LEASE = timedelta(hours=1)
 LEASES = [*(FIRST_LEASE * 2**doubled for doubled in range(7)), LAST_LEASE]
 SWEEP_INTERVAL = 5.0  # seconds between two looks for leases that ran out
-# A round looks no further back, because the index keeps finished events while
-# an old snapshot is open. A sweep finds what is later than that.
+# A round looks no further back: while a long transaction is open, PostgreSQL
+# keeps finished events in the index. A sweep finds what is overdue for longer.
 LOOK_BACK = timedelta(minutes=1)
 ALWAYS = datetime(1, 1, 1, tzinfo=UTC)
 MAX_CHANGES = 5000  # changes that the keeper reads in one look
@@ -139,7 +139,7 @@ class Relay(threading.Thread):
 
     @property
     def is_healthy(self) -> bool:
-        """Return whether the broker took all, or the handlers run, by now."""
+        """Return whether the relay has made a good round lately."""
         max_age = ANSWER_AGE if self._publisher else MAX_ROUND
         return time.monotonic() < self._answered_at + max_age
 
@@ -166,7 +166,7 @@ class Relay(threading.Thread):
                 is_full = self._make_round()
                 healthy_rounds += 1
             except Exception as error:  # without the relay nothing goes on
-                if is_outage(error):  # it says nothing of the broker
+                if is_outage(error):  # the last word on the broker stays
                     self._database_outage.report(error)
                 else:
                     healthy_rounds = 0
@@ -187,16 +187,15 @@ class Relay(threading.Thread):
         if time.monotonic() >= self._measure_at:
             self.backlog = measure_backlog(self._engine)
             self._measure_at = time.monotonic() + SWEEP_INTERVAL
-        until, is_idle = now(), True
+        until, queue_is_empty = now(), True
         if self._publisher:
             until += AHEAD
-            is_idle = self._publisher.count_ready() == 0
-        is_full, sweeps = False, time.monotonic() >= self._sweep_at
-        since = ALWAYS if sweeps else until - LOOK_BACK
+            queue_is_empty = self._publisher.count_ready() == 0
+        is_full, is_sweep = False, time.monotonic() >= self._sweep_at
+        since = ALWAYS if is_sweep else until - LOOK_BACK
+        again = is_sweep and queue_is_empty
         for kind in HANDLERS:
-            statement = claim(
-                kind, since=since, until=until, again=sweeps and is_idle
-            )
+            statement = claim(kind, since=since, until=until, again=again)
             with self._engine.begin() as connection:
                 rows = connection.execute(statement).all()
             self._database_outage.end()
@@ -204,7 +203,7 @@ class Relay(threading.Thread):
             self._warn_of_late(events)
             self._deliver(events)
             is_full |= len(events) == CLAIM_SIZE
-        if sweeps and not is_full:
+        if is_sweep and not is_full:
             self._sweep_at = time.monotonic() + SWEEP_INTERVAL
         return is_full
 
@@ -259,7 +258,7 @@ def _message(event: ClaimedEvent) -> Message:
     handler = HANDLERS[event.kind]
     # The claim has put the end of the lease into `due_at`.
     left = event.created_at + handler.delay - now()
-    # No longer than AHEAD: the handler's delay may have been raised since.
+    # At most AHEAD: a new release may have given the handler a longer delay.
     return Message(event.id, handler.task, min(left, AHEAD), event.traceparent)
 
 
@@ -319,8 +318,8 @@ class Keeper:
     async def _read_changes(self) -> dict[UUID, UUID] | None:
         """Mark changes that the cache knows; return those it may lack.
 
-        Return the changes as order ids by event ids, or None if the database
-        did not answer.
+        Return a dictionary from events to orders, both by their ids, or None
+        if the database did not answer.
         """
         since = now() - LOOK_BACK
         if not self._cache.trusted or time.monotonic() >= self._sweep_at:

@@ -9,9 +9,13 @@ its work in the database happens exactly once. Other work (an e-mail, a
 payment) may happen again after a crash, and should carry the id of the event,
 for the other side to tell a repetition by.
 
-A handler must end within db.WORKER_DEADLINE: then its connection is cut, and
-the work begins again. In the embedded mode nobody else can write until a
-handler ends. `session.get(Order, event.order_id)` is the order.
+A handler must end within db.WORKER_DEADLINE. Otherwise its connection is cut,
+its work is rolled back, and the event is delivered again. On SQLite nobody
+else can write until a handler ends.
+
+`session.get(Order, event.order_id)` is the order. A handler that changes its
+status adds a `new_event` of the kind STATUS_CHANGED, too: that event makes the
+cache forget the older status.
 """
 
 import logging
@@ -95,7 +99,8 @@ def new_event(order_id: UUID, kind: EventKind, **payload: str) -> Event:
         created_at=moment,
         due_at=moment + handler.delay if handler else moment,
         traceparent=trace_headers.get("traceparent"),
-        # An event without a handler is history: there is nothing to do.
+        # An event without a handler is history: there is nothing to do, even
+        # if a later release has a handler for its kind.
         processed_at=None if handler or is_change else moment,
     )
 
@@ -110,7 +115,7 @@ MARK_PROCESSED = (
     .where(col(Event.processed_at).is_(None))
     .values(processed_at=sa.bindparam("moment"))
     .returning(Event)
-    # The session has no other instances that would have to follow.
+    # The session has no older instance of the event that would have to change.
     .execution_options(synchronize_session=False)
 )
 
@@ -186,9 +191,9 @@ def measure_backlog(engine: sa.Engine) -> Backlog:
 
 
 def prune_orders(
-    engine: sa.Engine, until: datetime, *, dry_run: bool
+    engine: sa.Engine, cutoff: datetime, *, dry_run: bool
 ) -> Iterator[tuple[int, UUID]]:
-    """Delete orders that nothing has happened to since `until`.
+    """Delete orders that nothing has happened to since `cutoff`.
 
     Go through all orders by their ids, in short transactions. After each one
     yield (orders deleted, the last id). An order with an event that is not
@@ -208,25 +213,26 @@ def prune_orders(
             if not batch:
                 return
             last_id = batch[-1][0]
-            old = [order_id for order_id, made in batch if made < until]
-            number = len(_prune_batch(session, old, until, dry_run=dry_run))
+            old = [order_id for order_id, made in batch if made < cutoff]
+            number = len(_prune_batch(session, old, cutoff, dry_run=dry_run))
             session.commit()
         yield number, last_id
 
 
 def _prune_batch(
-    session: Session, old: list[UUID], until: datetime, *, dry_run: bool
+    session: Session, old: list[UUID], cutoff: datetime, *, dry_run: bool
 ) -> set[UUID]:
-    """Delete those of the `old` orders that nothing has happened to."""
+    """Delete those of the `old` orders that are not kept; return them."""
     of_old = col(Order.id).in_(old)
     if not dry_run:
         # From here on nobody can change these orders, or add an event.
         session.exec(select(Order.id).where(of_old).with_for_update()).all()
-    orders, processed_at = col(Event.order_id), col(Event.processed_at)
-    is_recent = processed_at.is_(None) | (processed_at >= until)
-    kept = session.exec(select(orders).where(orders.in_(old), is_recent)).all()
+    order_id, processed_at = col(Event.order_id), col(Event.processed_at)
+    is_recent = processed_at.is_(None) | (processed_at >= cutoff)
+    is_kept = order_id.in_(old), is_recent
+    kept = session.exec(select(order_id).where(*is_kept)).all()
     dead = set(old) - set(kept)
     if not dry_run:
-        session.exec(delete(Event).where(orders.in_(dead)))
+        session.exec(delete(Event).where(order_id.in_(dead)))
         session.exec(delete(Order).where(col(Order.id).in_(dead)))
     return dead

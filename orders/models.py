@@ -1,4 +1,4 @@
-"""Define orders and their events: tables, schemas, and the state machine.
+"""Define the tables, the schemas of orders, and their state machine.
 
 SQLModel classes are both the schemas and the tables. Of an order, a client
 writes the Base, Create checks it, Public is the answer, and the table keeps
@@ -30,6 +30,7 @@ from pydantic import (
 from sqlmodel import Field, SQLModel
 from typing_extensions import TypedDict  # pydantic needs it before 3.12
 
+MAX_EMAIL = 254  # characters; RFC 5321, section 4.5.3.1.3
 MAX_DEPTH = 20  # levels of lists and objects within an order
 
 # --- What the schemas share -------------------------------------------------
@@ -243,6 +244,16 @@ def statuses_in(header: str) -> set[OrderStatus]:
     if "*" in tags:
         return set(OrderStatus) if tags == {"*"} else set()
     return {status for status in OrderStatus if etag_of(status) in tags}
+
+
+class User(SQLModel, table=True):
+    """A registered user; `auth` has the schemas of users."""
+
+    __tablename__ = "users"
+
+    id: int | None = Field(default=None, primary_key=True)
+    email: str = Field(max_length=MAX_EMAIL, unique=True)
+    hashed_password: str
 
 
 NEWEST = ("user_id", "created_at", "id")

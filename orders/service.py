@@ -170,9 +170,9 @@ class OrderService:
         # Again: a reader may have read the old row before the commit and
         # cached it since the first tombstone.
         if not await self._cache.invalidate(order_id):
-            # Another process may still trust Redis, which lacks the
-            # tombstone. Each of them finds the change or loses its trust
-            # within this time, so that no later read is older.
+            # Other processes may still trust Redis, which lacks the tombstone.
+            # Within one TRUST the keeper of each process finds the change, or
+            # its trust ends, so that no later read is older.
             await asyncio.sleep(TRUST)
         logger.info("Order %s became %s", order_id, new)
         return OrderView.of_order(order)
@@ -205,7 +205,7 @@ class OrderService:
             session.add(event)
             await session.flush()
             # Tombstone first: a crash after the commit must not leave the old
-            # bytes readable.
+            # bytes readable. Whether it was written is asked after the commit.
             await self._cache.invalidate(order_id)
             await session.commit()
             return order

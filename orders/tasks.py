@@ -42,8 +42,8 @@ THREADS = db.POOL_SIZE - 2  # each uses a connection while it works
 # Messages that wait for a thread: few, as a slow task holds them up.
 PREFETCH = 8  # for each thread
 OUTAGE_PAUSE = 1.0  # seconds until a task tries its database again
-# Long before the broker would end a consumer that acknowledges nothing: after
-# 30 minutes, unless its `consumer_timeout` says less.
+# Much less than RabbitMQ's `consumer_timeout` (30 minutes, unless it is set),
+# after which it ends a consumer that acknowledges nothing.
 MAX_OUTAGE = 60.0  # seconds until a task gives its message back
 MAX_RECONNECT_PAUSE = 4  # seconds; Celery itself would pause for half a minute
 ALIVE_FILE = Path("/tmp/worker-alive")  # noqa: S108  (a health check reads it)
@@ -76,9 +76,9 @@ class Worker:
     def process(self, kind: str, event_id: UUID) -> None:
         """Run the handler of an event; wait while the database is away.
 
-        Raise Reject, which gives the message back, after a minute, or when
-        the worker is asked to stop. Raise the error itself if the database
-        answers after that minute: then the fault is the event's own.
+        After MAX_OUTAGE, or when the worker is asked to stop, raise Reject,
+        which gives the message back to the queue. But if the database answers
+        after MAX_OUTAGE, the event itself is at fault: raise its error.
         """
         ends_at = time.monotonic() + MAX_OUTAGE
         while True:
@@ -91,8 +91,9 @@ class Worker:
                 is_late = time.monotonic() > ends_at
                 if is_late and database_answers(self.engine):
                     raise
-                stops = (state.should_stop, state.should_terminate)
-                if is_late or stops != (None, None):
+                # Each is None, or the exit status that Celery was asked for.
+                asked = state.should_stop, state.should_terminate
+                if is_late or asked != (None, None):
                     raise Reject(str(error), requeue=True) from error
                 time.sleep(OUTAGE_PAUSE)
             else:
@@ -188,7 +189,7 @@ class CheckingConsumer(Consumer):
         connection.ensure_connection(
             errback=lambda error, _: worker.broker_outage.report(error),
             interval_max=MAX_RECONNECT_PAUSE,
-            callback=look_around,
+            callback=touch_or_stop,
         )
         dead_letters.bind(connection.default_channel).declare()
         worker.broker_outage.end()
@@ -206,7 +207,7 @@ class CheckingConsumer(Consumer):
             pause()
 
     def register_with_event_loop(self, hub: Any) -> None:
-        """Look alive while the loop turns."""
+        """Touch the file of the health check while the loop turns."""
         super().register_with_event_loop(hub)
         hub.call_repeatedly(ALIVE_INTERVAL, ALIVE_FILE.touch)
 
@@ -258,8 +259,8 @@ def reject_malformed(message: Message, error: Exception) -> None:
     message.reject_log_error(logger, (OSError, AMQPError))
 
 
-def look_around() -> None:
-    """Look alive, for a health check, and see whether to stop."""
+def touch_or_stop() -> None:
+    """Touch the file of the health check, or end if asked to stop."""
     ALIVE_FILE.touch()
     state.maybe_shutdown()
 
@@ -267,11 +268,11 @@ def look_around() -> None:
 def pause() -> None:
     """Wait before the next try to connect."""
     for _ in range(MAX_RECONNECT_PAUSE):
-        look_around()
+        touch_or_stop()
         time.sleep(1)
 
 
-look_around()  # before anything that may wait
+touch_or_stop()  # before anything that may wait
 
 # --- The worker's log -------------------------------------------------------
 

@@ -1,14 +1,19 @@
-"""Handlers of events: their registry, and one that fails like an outage."""
+"""Handlers of events: their registry, and what they may do."""
 
+import importlib
+import subprocess
 from datetime import timedelta
 
 import psycopg
 import pytest
 import servers
-from conftest import replace
+from conftest import User, replace
+from fastapi.testclient import TestClient
 from faults import Journal
+from test_tasks import worker_with
 
 from orders import handlers
+from orders.api import create_app
 from orders.db import create_sync_engine
 from orders.events import Relay
 from orders.handlers import HANDLERS, handles
@@ -83,3 +88,68 @@ def test_a_handler_that_fails_like_an_outage_holds_nobody_up(production):
     attempts = journal.query(f"SELECT attempts FROM events WHERE id = '{bad}'")
     assert attempts == [(1,)]
     assert [*HANDLERS] == [EventKind.NEW_ORDER]
+
+
+# A handler for new orders, in a module of its own.
+CANCEL = """
+from orders.handlers import HANDLERS, new_event
+from orders.models import EventKind, Order, OrderStatus
+
+
+def cancel(session, event):
+    order = session.get(Order, event.order_id)
+    order.status = OrderStatus.CANCELED
+    session.add(
+        new_event(order.id, EventKind.STATUS_CHANGED, status=order.status)
+    )
+    return f"Order {order.id} canceled"
+
+
+kind = EventKind.NEW_ORDER
+HANDLERS[kind] = HANDLERS[kind]._replace(work=cancel)
+"""
+WORKER = "import cancel\nfrom orders.tasks import app\n"
+
+
+def test_a_handler_may_change_its_order(settings, run, tmp_path, monkeypatch):
+    """In a worker, too; the cache forgets what it had before."""
+    (tmp_path / "cancel.py").write_text(CANCEL)
+    (tmp_path / "canceling_worker.py").write_text(WORKER)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = EventKind.NEW_ORDER
+    monkeypatch.setitem(HANDLERS, kind, HANDLERS[kind])  # and put it back
+    if settings.rabbitmq_url:
+        run(worker_with(app="canceling_worker"), settings)
+    else:
+        importlib.import_module("cancel")
+    with TestClient(create_app(settings)) as client:
+        ada = User(client, "ada@example.com")
+        order = ada.order()
+        assert ada.get(order).json()["status"] == "PENDING"
+        servers.wait_until(lambda: ada.processed(order), 10)
+        servers.wait_until(
+            lambda: ada.get(order).json()["status"] == "CANCELED", 2
+        )
+        history = ada.call("GET", f"/orders/{order}/events").json()
+
+    assert [event["kind"] for event in history] == [
+        *("new_order", "status_changed")
+    ]
+
+
+def test_the_models_alone_know_all_tables():
+    """Each process may write any of them, whatever else it imports."""
+    look = (
+        "from orders import models\n"
+        "from sqlmodel import SQLModel\n"
+        "print(*(table.name for table in SQLModel.metadata.sorted_tables))"
+    )
+    done = subprocess.run(
+        [servers.PYTHON / "python", "-W", "error", "-c", look],
+        env=servers.without_coverage(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.split() == ["users", "orders", "events"]
