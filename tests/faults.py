@@ -22,7 +22,7 @@ import redis
 import servers
 from conftest import User, replace
 
-PAUSE = 0.02  # seconds between two calls of a client
+PAUSE = 0.04  # seconds between two calls of a client
 
 UNPROCESSED = """
 SELECT id FROM orders WHERE id NOT IN (

@@ -113,6 +113,16 @@ def family(pid: int) -> list[int]:
     return found
 
 
+def runs(pid: int) -> bool:
+    """Return whether a thread of the process is not stopped."""
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state = stat.read_text().rpartition(")")[2].split()[0]
+            if state not in "TtZX":  # stopped, traced, or dead
+                return True
+    return False
+
+
 class Server:
     """A process with a port and a log, which can be killed and restarted."""
 
@@ -189,13 +199,17 @@ class Server:
         """Send a signal to the process and all its descendants.
 
         PostgreSQL's backends and Erlang's helpers leave the process group.
+        Return when a SIGSTOP has stopped all their threads.
         """
         assert self.process is not None
         if self.process.poll() is not None:
             return  # its number may be another process's by now
-        for pid in family(self.process.pid):
+        pids = family(self.process.pid)
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            wait_until(lambda: not any(runs(pid) for pid in pids), 5)
 
     def kill(self) -> None:
         """End the process the hard way."""

@@ -10,6 +10,7 @@ import servers
 from conftest import User, replace
 from fastapi.testclient import TestClient
 from faults import Journal
+from test_faults import channel_to, purged
 from test_tasks import worker_with
 
 from orders import handlers
@@ -119,6 +120,8 @@ def test_a_handler_may_change_its_order(settings, run, tmp_path, monkeypatch):
     kind = EventKind.NEW_ORDER
     monkeypatch.setitem(HANDLERS, kind, HANDLERS[kind])  # and put it back
     if settings.rabbitmq_url:
+        with channel_to(settings) as channel:
+            purged(channel)
         run(worker_with(app="canceling_worker"), settings)
     else:
         importlib.import_module("cancel")
