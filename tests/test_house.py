@@ -306,3 +306,10 @@ def test_in_ci_nothing_is_skipped():
     """A skip says what to install, and in CI it is a failure."""
     if os.environ.get("CI"):
         assert servers.missing() == []
+
+
+@pytest.mark.xdist_group("example")
+def test_tests_that_share_a_fixture_share_a_process(request):
+    """Otherwise each of several processes would make what is dear to make."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@example")
