@@ -184,13 +184,15 @@ class Relay(threading.Thread):
 
     def _make_round(self) -> bool:
         """Claim events and deliver them; return whether there may be more."""
-        if time.monotonic() >= self._measure_at:
-            self.backlog = measure_backlog(self._engine)
-            self._measure_at = time.monotonic() + SWEEP_INTERVAL
-        until, queue_is_empty = now(), True
-        if self._publisher:
-            until += AHEAD
-            queue_is_empty = self._publisher.count_ready() == 0
+        queue_is_empty = True
+        try:  # first, because without the database, too, heartbeats are due
+            if self._publisher:
+                queue_is_empty = self._publisher.count_ready() == 0
+        finally:  # without the broker, too
+            if time.monotonic() >= self._measure_at:
+                self.backlog = measure_backlog(self._engine)
+                self._measure_at = time.monotonic() + SWEEP_INTERVAL
+        until = now() + AHEAD if self._publisher else now()
         is_full, is_sweep = False, time.monotonic() >= self._sweep_at
         since = ALWAYS if is_sweep else until - LOOK_BACK
         again = is_sweep and queue_is_empty
@@ -220,11 +222,10 @@ class Relay(threading.Thread):
     def _deliver(self, events: Sequence[ClaimedEvent]) -> None:
         """Deliver claimed events; if that fails, they are due at once."""
         try:
-            if self._publisher:
-                if events:
-                    self._publisher.deliver([_message(e) for e in events])
-            else:
+            if self._publisher is None:
                 self._run_handlers(events)
+            elif events:
+                self._publisher.deliver([_message(e) for e in events])
         except Exception:
             release = (
                 sa.update(Event)
@@ -318,8 +319,7 @@ class Keeper:
     async def _read_changes(self) -> dict[UUID, UUID] | None:
         """Mark changes that the cache knows; return those it may lack.
 
-        Return a dictionary from events to orders, both by their ids, or None
-        if the database did not answer.
+        Return order ids by event ids; None if the database did not answer.
         """
         since = now() - LOOK_BACK
         if not self._cache.trusted or time.monotonic() >= self._sweep_at:

@@ -13,8 +13,9 @@ from sqlmodel import Session, select, update
 from orders import events, handlers
 from orders.api import create_app
 from orders.db import create_sync_engine
-from orders.events import AHEAD, ALWAYS, claim
+from orders.events import AHEAD, ALWAYS, Relay, claim
 from orders.handlers import HANDLERS, Backlog, measure_backlog
+from orders.logs import Outage
 from orders.models import Event, EventKind, now
 
 NEW_ORDER = EventKind.NEW_ORDER
@@ -155,6 +156,32 @@ def test_the_backlog_is_known_without_the_broker(production, slow, frequent):
         servers.wait_until(
             lambda: client.get("/ready").json()["backlog"] == 1, 10
         )
+
+
+class WellBroker:
+    """A publisher whose broker is well, and that counts the questions."""
+
+    asked = 0
+
+    def count_ready(self):
+        """Say that no message waits."""
+        self.asked += 1
+        return 0
+
+    def close(self):
+        """Close nothing."""
+
+
+def test_the_broker_is_asked_while_the_database_is_away():
+    """Otherwise it would miss the heartbeats, and end the connection."""
+    url = f"postgresql://127.0.0.1:{servers.free_port()}/orders"
+    publisher, outage = WellBroker(), Outage(__name__, "The database")
+    relay = Relay(create_sync_engine(url), publisher, outage)
+    relay.start()
+    try:
+        servers.wait_until(lambda: publisher.asked > 4, 10)
+    finally:
+        relay.end(5)
 
 
 def test_a_lease_doubles_from_thirty_seconds_to_an_hour(slow, ada, engine):
