@@ -696,3 +696,28 @@ def test_an_unexpected_fault_is_a_500_in_json(settings, monkeypatch):
 
     assert answer.status_code == 500
     assert "logged" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "expected"), [("PAID", 200), ("CANCELED", 409)]
+)
+def test_a_change_that_lost_a_race_looks_again(
+    client, ada, monkeypatch, meanwhile, expected
+):
+    """Another change came between the attempt and the look at its reason."""
+    order, read = ada.order(), OrderService._read
+
+    async def read_late(service, user_id, order_id):
+        monkeypatch.undo()
+        status = OrderStatus(meanwhile)
+        await service.change_status(
+            user_id, order_id, status, expected=OrderStatus
+        )
+        return await read(service, user_id, order_id)
+
+    monkeypatch.setattr(OrderService, "_read", read_late)
+    changed = ada.change(order, "SHIPPED").json()
+
+    assert changed["status"] == ("SHIPPED" if expected == 200 else 409)
+    if expected == 409:
+        assert (changed["current"], changed["allowed"]) == (meanwhile, [])
