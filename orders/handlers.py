@@ -9,13 +9,14 @@ its work in the database happens exactly once. Other work (an e-mail, a
 payment) may happen again after a crash, and should carry the id of the event,
 for the other side to tell a repetition by.
 
-A handler must end within db.WORKER_DEADLINE. Otherwise its connection is cut,
-its work is rolled back, and the event is delivered again. On SQLite nobody
-else can write until a handler ends.
+On PostgreSQL a handler must end within db.WORKER_DEADLINE. Otherwise its
+connection is cut, its work is rolled back, and the event is delivered again.
+On SQLite nobody else can write until a handler ends.
 
 `session.get(Order, event.order_id)` is the order. A handler that changes its
-status adds a `new_event` of the kind STATUS_CHANGED, too: that event makes the
-cache forget the older status.
+status locks the order first, by `with_for_update=True`, and asks TRANSITIONS.
+The handler also adds a `new_event` of the kind STATUS_CHANGED: within a second
+after the commit the cache forgets the older status.
 """
 
 import logging

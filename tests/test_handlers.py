@@ -2,6 +2,8 @@
 
 import importlib
 import subprocess
+import threading
+import time
 from datetime import timedelta
 
 import psycopg
@@ -19,7 +21,7 @@ from orders.db import create_sync_engine
 from orders.events import Relay
 from orders.handlers import HANDLERS, handles
 from orders.logs import Outage
-from orders.models import EventKind
+from orders.models import EventKind, Order, OrderStatus
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ from orders.models import EventKind, Order, OrderStatus
 
 
 def cancel(session, event):
-    order = session.get(Order, event.order_id)
+    order = session.get(Order, event.order_id, with_for_update=True)
     order.status = OrderStatus.CANCELED
     session.add(
         new_event(order.id, EventKind.STATUS_CHANGED, status=order.status)
@@ -138,6 +140,30 @@ def test_a_handler_may_change_its_order(settings, run, tmp_path, monkeypatch):
     assert [event["kind"] for event in history] == [
         *("new_order", "status_changed")
     ]
+
+
+def test_a_handler_and_a_change_take_turns(settings, monkeypatch):
+    """The change comes while the handler has the order, and finds it gone."""
+    kind, entered = EventKind.NEW_ORDER, threading.Event()
+
+    def cancel(session, event):
+        order = session.get(Order, event.order_id, with_for_update=True)
+        entered.set()
+        time.sleep(0.5)
+        order.status = OrderStatus.CANCELED
+        return "canceled"
+
+    handler = HANDLERS[kind]._replace(work=cancel, delay=timedelta(0))
+    monkeypatch.setitem(HANDLERS, kind, handler)
+    embedded = replace(settings, rabbitmq_url=None)
+    with TestClient(create_app(embedded)) as client:
+        ada = User(client, "ada@example.com")
+        order = ada.order()
+        assert entered.wait(10)
+        changed = ada.change(order, "PAID")
+
+    assert changed.status_code == 409
+    assert changed.json()["current"] == "CANCELED"
 
 
 def test_the_models_alone_know_all_tables():
