@@ -195,8 +195,9 @@ def dead(discard: bool) -> None:
                     f"order {event.order_id}: its task failed at delivery"
                     f" {event.attempts}; {state}"
                 )
+            rejected_at = letter.rejected_at or "at an unknown time"
             click.echo(
-                f"{letter.rejected_at:%Y-%m-%d %H:%M:%S}"
+                f"{rejected_at!s:19.19}"
                 f"  event {letter.event_id or '-'!s:36}  {reason}"
             )
     gone = ", discarded" if discard else ""

@@ -41,7 +41,7 @@ select_connection.SELECT_TYPE = "poll"
 # Publisher and worker declare the queues with the same arguments: RabbitMQ
 # refuses a second declaration with other ones (406 PRECONDITION_FAILED).
 QUORUM: Mapping[str, str | int] = {"x-queue-type": "quorum"}
-FORWARDING = {**QUORUM, "x-dead-letter-exchange": ""}
+FORWARDING = {**QUORUM, "x-dead-letter-exchange": ""}  # also when it expires
 FORWARD_TO = "x-dead-letter-routing-key"  # the name of the next queue
 QUEUE_ARGUMENTS = {
     DEAD_LETTERS: {**QUORUM, "x-max-length": 10_000},
@@ -98,16 +98,17 @@ def celery_message(message: Message) -> tuple[pika.BasicProperties, bytes]:
 class DeadLetter(NamedTuple):
     """A message that a worker rejected."""
 
-    rejected_at: datetime  # in UTC
+    rejected_at: datetime | None  # in UTC. None: no worker has rejected it
     event_id: UUID | None  # None: the message is malformed
 
     @classmethod
     def of(cls, headers: Mapping[str, Any]) -> "DeadLetter":
-        """Read the headers of a message; RabbitMQ has added `x-death`."""
+        """Read the headers; RabbitMQ adds `x-death` when it moves a letter."""
         event_id = None
         with suppress(ValueError):
             event_id = UUID(str(headers.get("id")))
-        return cls(headers["x-death"][0]["time"], event_id)
+        deaths = headers.get("x-death") or [{}]
+        return cls(deaths[0].get("time"), event_id)
 
 
 def read_dead_letters(url: str, *, discard: bool) -> list[DeadLetter]:
@@ -140,9 +141,9 @@ class Publisher:
         """Read the URL of RabbitMQ. The first call connects."""
         self._parameters = pika.URLParameters(url)
         self._parameters.heartbeat = BROKER_TIMEOUT
-        # The limits are shorter than the deadline of a wait. Otherwise a host
-        # name's first address, if dead, would use up the time of the second,
-        # and the reason would not say that RabbitMQ is short of memory.
+        # Shorter than the deadline of a wait: the first limit leaves time for
+        # the second address of a host name, and the second limit lets pika
+        # say that RabbitMQ is short of memory.
         self._parameters.socket_timeout = 0.4 * BROKER_TIMEOUT
         self._parameters.blocked_connection_timeout = 0.8 * BROKER_TIMEOUT
         self._connection: BrokerConnection | None = None
@@ -193,8 +194,8 @@ class BrokerConnection:
     """A connection to RabbitMQ, with one channel.
 
     Each question to RabbitMQ has the same form: give pika the `set_result` of
-    a future as the callback, and wait for that future. pika calls back only
-    while `_run_loop` runs, and the methods `_on_…` too.
+    a future as the callback, and wait for that future. pika calls the
+    callbacks, and the methods `_on_…`, only while `_run_loop` runs.
     """
 
     def __init__(self, parameters: pika.URLParameters) -> None:

@@ -1,8 +1,9 @@
 """Cache orders, so that a read is fast and never older than a change.
 
-Nothing is deleted by a command; values expire. To invalidate an order is to
-write a *tombstone*: an empty value that reads as a miss, and that a fill does
-not overwrite. A change of an order goes like this:
+No command deletes a key, as a late fill could then restore an older order. To
+invalidate an order is to write a *tombstone*: an empty value that reads as a
+miss, and that a fill does not overwrite. Every key expires. A change of an
+order goes like this:
 
 1. In its transaction, it writes a tombstone, for a crash after the commit.
 2. The change commits, with an event that stays unprocessed for now.
@@ -15,8 +16,8 @@ not overwrite. A change of an order goes like this:
    processes share one Redis, so that the tombstones of one keeper serve all.
 
 No read asks a Redis that is not trusted. So for a read, a server that hangs,
-refuses, is slow, full, read-only or cut off is one case: a miss. The miss
-takes TRIP_TIMEOUT at most, and ends the trust: later reads do not wait.
+refuses, is slow, full, read-only or cut off is one case: a miss after at most
+TRIP_TIMEOUT. The first failure ends the trust, and later reads do not wait.
 """
 
 import asyncio
@@ -63,7 +64,7 @@ class OrderView(NamedTuple):
     def of(cls, row: Mapping[Any, Any]) -> "OrderView":
         """Return the view of an order's columns, by their names.
 
-        Names are text, but the type of SQLAlchemy's rows is wider.
+        Names are text, but SQLAlchemy types them as Any.
         """
         # The members are written in the sequence of the class. SQLAlchemy
         # fills an instance in a sequence that differs between processes, and
@@ -157,9 +158,9 @@ class RedisRefused(RedisAway):
 
 # Writes tombstones, and proves by the key `since` that Redis takes writes.
 # KEYS: since, then the orders; ARGV: the tombstones' seconds. Answers Redis's
-# time. `since` is the time of the first probe after Redis was empty: from then
-# on it has received every tombstone. A flush deletes it, and then nothing is
-# cached until the next probe.
+# time. `since` is when the first probe came after Redis was empty: Redis has
+# every tombstone that was written later. A flush deletes `since`, and then
+# nothing is cached until the next probe.
 PROBE = f"""
 local t = redis.call('TIME')
 local since = redis.call('GET', KEYS[1]) or t[1] + t[2] / 1000000
@@ -198,8 +199,8 @@ class RedisCache:
         self._batcher = Batcher[Command, Reply](self._make_trip)
         self._outage = Outage(__name__, "Redis")
         self._epoch = ""  # the identity of the server; empty: not connected
-        # Redis's clock, read during a trip, minus ours, read after it. A row
-        # may thus look older than it is, and never younger.
+        # Redis's clock, read during a trip, minus ours, read after it. So the
+        # difference is too small: a row looks older than it is, never younger.
         self._clock_offset = 0.0
         self._trusted_from = NEVER  # of time.monotonic
 
@@ -295,7 +296,7 @@ class RedisCache:
 
     async def _make_trip(self, commands: list[Command]) -> list[Reply]:
         """Return the answers to commands, which share one round trip."""
-        # The client would connect by itself, and maybe to another server, but
+        # redis-py would connect by itself, and maybe to another server, but
         # only `_connect` reads the epoch of a server.
         if not self._epoch:
             raise RedisAway("not connected")

@@ -31,6 +31,7 @@ import yaml
 from conftest import User, environment, replace
 from dotenv import dotenv_values
 from fastapi.testclient import TestClient
+from faults import proxying, through
 from test_journey import orders_command, processed_lines
 from test_readme import (
     definitions,
@@ -894,6 +895,19 @@ def with_another_queue(request):
     return printed
 
 
+def with_a_worker_cut_off(request):
+    """Cut the connection between a worker and RabbitMQ."""
+    settings, stack, run = map(
+        request.getfixturevalue, ("production", "stack", "run")
+    )
+    with proxying(stack.rabbitmq) as proxy:
+        behind = through(proxy, settings, stack.rabbitmq)
+        worker = run(servers.worker, behind)
+        proxy.end_present()
+        servers.wait_until(lambda: "lost" in worker.text(), 20)
+    return worker.text()
+
+
 def without_redis(request):
     """Start while nobody listens there."""
     settings = request.getfixturevalue("embedded")
@@ -943,6 +957,7 @@ PROVOKED = {
     "The database is away": without_a_database,
     'relation "events" does not exist': without_tables,
     "RabbitMQ is away": without_a_broker,
+    "Connection to broker lost": with_a_worker_cut_off,
     "Redis is away": without_redis,
     "PRECONDITION_FAILED … inequivalent arg": with_another_queue,
     "ACCESS_REFUSED": with_another_password,

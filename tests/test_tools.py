@@ -222,6 +222,9 @@ def test_dead_lists_what_workers_rejected(production, run, tool):
         channel.basic_publish("", QUEUE, b"no message of ours")
         servers.wait_until(lambda: ready_in(channel, DEAD_LETTERS) == 2, 15)
 
+        channel.basic_publish("", DEAD_LETTERS, b"put there by hand")
+        servers.wait_until(lambda: ready_in(channel, DEAD_LETTERS) == 3, 5)
+
         code, text = tool(production, "dead")
         kept = ready_in(channel, DEAD_LETTERS)
         _, discarded = tool(production, "dead", "--discard")
@@ -235,9 +238,10 @@ def test_dead_lists_what_workers_rejected(production, run, tool):
     assert "its task failed" in failed
     assert failed.startswith(f"{now():%Y-%m-%d}")
     assert [line for line in lines if "malformed" in line]
-    assert "2 dead letters. The outbox delivers" in text
-    assert kept == 2
-    assert "2 dead letters, discarded." in discarded
+    assert [line for line in lines if line.startswith("at an unknown time")]
+    assert "3 dead letters. The outbox delivers" in text
+    assert kept == 3
+    assert "3 dead letters, discarded." in discarded
     assert left == 0
     assert "0 dead letters" in nothing
 
