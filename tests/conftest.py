@@ -93,9 +93,9 @@ def pytest_configure(config: pytest.Config) -> None:
         option.markexpr = QUICK
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return how many processes share the tests, which often only wait."""
-    return (3 if config.option.all else 2) * (os.cpu_count() or 1)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes share the tests: many of them wait."""
+    return 2 * (os.cpu_count() or 1)
 
 
 @pytest.hookimpl(tryfirst=True)
