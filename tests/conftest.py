@@ -58,7 +58,7 @@ ITEMS = [{"name": "tea", "quantity": 3, "price": 0.1}]
 
 
 # Tests of these run one after the other, for they share what is dear to make.
-SHARED = ("frail_rabbitmq", "reader", "server")
+SHARED = ("frail_rabbitmq", "reader", "server", "tls")
 # The modules in which a test that runs processes harms them, or waits long.
 FAULTS = {"faults", "store_faults", "trust", "outages", "loads", "tasks"}
 

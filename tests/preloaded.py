@@ -35,6 +35,7 @@ PROGRAMS = [
     "celery.bin.celery",
     "celery.concurrency.thread",
     "kombu.transport.pyamqp",
+    "pydantic.v1",  # FastAPI looks at its classes
     "sqlalchemy.dialects.postgresql.psycopg",
     "sqlalchemy.dialects.sqlite.aiosqlite",
     "uvicorn.lifespan.on",

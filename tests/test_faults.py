@@ -448,10 +448,10 @@ def test_orders_are_taken_without_the_broker(
                 check_degraded(client)
                 time.sleep(seconds)
                 check_degraded(client)
-        if fault == "wiped":
-            journal.end_leases()
         # What moves from queue to queue as the broker ends may be lost, and
-        # comes again with the end of its lease.
+        # comes again with the end of its lease; only "killed" waits for that.
+        if fault in ("wiped", "stopped"):
+            journal.end_leases()
         journal.settle(worker, timeout=45)
         assert len(warnings(api)) - said <= MAX_WARNINGS, warnings(api)
 

@@ -35,7 +35,6 @@ from test_faults import (
 from test_settings import run_to_its_end
 
 from orders.broker import (
-    BROKER_TIMEOUT,
     DEAD_LETTERS,
     QUEUE,
     QUEUE_ARGUMENTS,
@@ -281,6 +280,13 @@ def test_two_workers_of_one_name_share_the_work(production, run):
 
 
 SHORT = "from orders import tasks\ntasks.MAX_OUTAGE = 2.0\napp = tasks.app\n"
+SHORT_TIMEOUT = 4  # seconds
+IMPATIENT = f"""
+from orders import broker, db
+broker.BROKER_TIMEOUT = {SHORT_TIMEOUT}
+db.WORKER_DEADLINE = {SHORT_TIMEOUT}.0
+from orders.tasks import app
+"""
 
 
 def test_a_worker_without_its_database_gives_its_messages_back(
@@ -364,14 +370,15 @@ def test_a_worker_without_its_database_stops_soon(
 
 @pytest.mark.parametrize("options", [(), (PREFORK, "-c", "2")])
 def test_a_connection_to_the_database_that_is_silent_is_given_up(
-    production, stack, run, options
+    production, stack, run, tmp_path, options
 ):
     """In each process of a pool; another connection does the work."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
     journal = Journal(production)
     with proxying(stack.postgres) as proxy, channel_to(production) as channel:
         purged(channel)
         settings = through(proxy, production, stack.postgres)
-        worker = run(worker_with(*options), settings)
+        worker = run(worker_with(*options, app="impatient"), settings)
         publish(channel, journal.insert(50))
         servers.wait_until(lambda: not journal.where("processed_at IS NULL"))
         proxy.swallow_present()
@@ -382,14 +389,15 @@ def test_a_connection_to_the_database_that_is_silent_is_given_up(
 
 
 def test_a_worker_whose_connection_is_silent_makes_another(
-    production, stack, run
+    production, stack, run, tmp_path
 ):
     """It says so in one line."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
     journal = Journal(production)
     with proxying(stack.rabbitmq) as proxy, channel_to(production) as channel:
         purged(channel)
         settings = through(proxy, production, stack.rabbitmq)
-        worker = run(worker_with("-E"), settings)
+        worker = run(worker_with("-E", app="impatient"), settings)
         proxy.swallow_present()
         publish(channel, journal.insert(50))
         servers.wait_until(lambda: "broker lost" in worker.text(), 40)
@@ -398,20 +406,23 @@ def test_a_worker_whose_connection_is_silent_makes_another(
     assert len(complaints(worker)) == 1
 
 
-def test_a_worker_is_not_locked_out_by_the_one_before(production, stack, run):
+def test_a_worker_is_not_locked_out_by_the_one_before(
+    production, stack, run, tmp_path
+):
     """Its machine lost its power, and the broker has not noticed yet."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
     journal = Journal(production)
     with proxying(stack.rabbitmq) as proxy, channel_to(production) as channel:
         purged(channel)
         settings = through(proxy, production, stack.rabbitmq)
-        worker = run(servers.worker, settings)
+        worker = run(worker_with(app="impatient"), settings)
         proxy.hold()
-        time.sleep(1.2 * BROKER_TIMEOUT)  # heartbeats are held back
+        time.sleep(1.2 * SHORT_TIMEOUT)  # heartbeats are held back
         worker.kill()
         worker.start()
         publish(channel, journal.insert(50))
         # The broker gives some of them to the one before, too.
-        journal.settle(worker, timeout=3 * BROKER_TIMEOUT)
+        journal.settle(worker, timeout=6 * SHORT_TIMEOUT)
         said = complaints(worker)
 
     # Celery sees that the name is taken, and no more.
@@ -458,7 +469,7 @@ def test_a_worker_outlives_the_brokers_patience(
         events = journal.insert(40)
         postgres.signal(signal.SIGSTOP)
         publish(channel, events)
-        time.sleep(10)
+        time.sleep(6)
         postgres.signal(signal.SIGCONT)
         publish(channel, journal.insert(40))
         check_each_processed_once(channel, journal, worker, timeout=60)
@@ -551,7 +562,7 @@ def refused(folder, env):
 
 def check_refused_a_line_a_try(worker, reason):
     """Check that the worker says why, seldom, and goes on trying."""
-    time.sleep(6)
+    time.sleep(4.5)
     assert worker.process.poll() is None
     said = complaints(worker)
     assert 1 <= len(said) <= 4  # two lines a try
@@ -601,7 +612,7 @@ def test_a_virtual_host_that_is_not_there_is_one_line_a_try(
         return server
 
     worker = run(start, replace(production, rabbitmq_url=url))
-    time.sleep(6)
+    time.sleep(4.5)
 
     assert worker.process.poll() is None
     [line] = complaints(worker)
