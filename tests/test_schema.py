@@ -14,7 +14,7 @@ from orders.problems import REFUSALS
 @pytest.mark.long
 def test_schemathesis_finds_nothing(tmp_path, http, pytestconfig):
     """All of its checks hold: no 5xx, no undocumented answer."""
-    examples = 30 if pytestconfig.option.all else 10
+    examples = 20 if pytestconfig.option.all else 10
     server = orders_command(tmp_path)
     with servers.running(server):
         ada = User(http(server), "ada@example.com")
