@@ -93,11 +93,15 @@ def free_port() -> int:
 def wait_until(
     condition: Callable[[], object], timeout: float = START_TIMEOUT
 ) -> None:
-    """Return once the condition holds; fail when it does not in time."""
-    deadline = time.monotonic() + timeout
+    """Return once the condition holds; fail when it does not in time.
+
+    The longer it takes, the less often the condition is looked at.
+    """
+    deadline, pause = time.monotonic() + timeout, 0.02
     while not condition():
         assert time.monotonic() < deadline, f"not in time: {condition}"
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.2)
 
 
 def family(pid: int) -> list[int]:
@@ -184,12 +188,14 @@ class Server:
                     user=self.user,
                     start_new_session=True,
                 )
-        deadline = time.monotonic() + START_TIMEOUT
-        while not self.ready():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.05)
+        wait_until(self._is_ready)
         return self
+
+    def _is_ready(self) -> object:
+        """Return whether the process is ready; fail if it has ended."""
+        assert self.process is not None
+        assert self.process.poll() is None, self.text()
+        return self.ready()
 
     def text(self) -> str:
         """Return what the process printed so far."""
