@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import stat
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ LONGEST_FUNCTION = 40  # lines, with its docstring
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@cache
 def trees():
     """Return every module of the package, parsed."""
     return {

@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import tomllib
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,9 @@ def reader(tmp_path_factory):
     subprocess.run(["uv", "sync", "--quiet"], cwd=ROOT, env=env, check=True)
     # And what is compiled already: to do it again takes ten seconds.
     packages = Path(sysconfig.get_path("purelib"))
-    for cache in packages.rglob("__pycache__"):
-        theirs = venv / cache.relative_to(sys.prefix)
-        shutil.copytree(cache, theirs, dirs_exist_ok=True)
+    for compiled in packages.rglob("__pycache__"):
+        theirs = venv / compiled.relative_to(sys.prefix)
+        shutil.copytree(compiled, theirs, dirs_exist_ok=True)
     cache = ROOT / ".mypy_cache"  # or it would read all libraries again
     return env | {"MYPY_CACHE_DIR": str(cache)}
 
@@ -269,6 +270,7 @@ def named_places(text):
                 yield file, name, follows
 
 
+@cache
 def definitions(file):
     """Return the nodes that define each name in a file of the package."""
     found = {}
