@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+import pika
 import psycopg
 import pytest
 import redis
@@ -47,6 +48,7 @@ from pwdlib.hashers.argon2 import Argon2Hasher
 from orders import auth
 from orders.__main__ import ALEMBIC_INI
 from orders.api import create_app
+from orders.broker import QUEUE_ARGUMENTS
 from orders.settings import Settings
 
 servers.use_memory()
@@ -299,19 +301,35 @@ def embedded(tmp_path: Path, empty_database: Path) -> Settings:
 
 @pytest.fixture
 def production(
-    stack: Stack, embedded: Settings, databases: Iterator[int]
+    request: pytest.FixtureRequest,
+    stack: Stack,
+    embedded: Settings,
+    databases: Iterator[int],
 ) -> Settings:
     """Return settings of the real stack, on an empty database of its own."""
     name = f"test{next(databases)}"
     database_url = stack.copy_database(name)
     with redis.Redis(port=stack.redis.port) as client:
         client.flushall()
+    if "run" in request.fixturenames:
+        empty_queues(stack.rabbitmq_url)
     return replace(
         embedded,
         database_url=database_url,
         redis_url=stack.redis_url,
         rabbitmq_url=stack.rabbitmq_url,
     )
+
+
+def empty_queues(rabbitmq_url: str) -> None:
+    """Leave a worker no message of an earlier test."""
+    parameters = pika.URLParameters(rabbitmq_url)
+    with pika.BlockingConnection(parameters) as connection:
+        channel = connection.channel()
+        # The delay queue, which is the last, fills the others.
+        for queue, arguments in reversed(QUEUE_ARGUMENTS.items()):
+            channel.queue_declare(queue, durable=True, arguments=arguments)
+            channel.queue_purge(queue)
 
 
 @pytest.fixture(params=["embedded", "production"])
