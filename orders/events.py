@@ -32,7 +32,7 @@ from orders.cache import NEVER, OrderCache, RedisAway
 from orders.db import Database
 from orders.handlers import HANDLERS, Backlog, measure_backlog, run_handler
 from orders.logs import Outage
-from orders.models import Event, EventKind, now
+from orders.models import UNPROCESSED, Event, EventKind, now
 from orders.problems import database_answers, is_outage, is_unreachable
 
 POLL_INTERVAL = 0.25  # seconds between two rounds of the relay, or the keeper
@@ -56,7 +56,6 @@ MAX_ROUND = 60.0  # seconds in which the embedded relay has to make a round
 BrokerState = Literal["ok", "unavailable", "embedded"]  # in /ready
 logger = logging.getLogger(__name__)
 lag = metrics.get_meter("orders").create_histogram("orders.outbox.lag", "s")
-UNPROCESSED = col(Event.processed_at).is_(None)
 
 
 class ClaimedEvent(NamedTuple):

@@ -33,7 +33,7 @@ from opentelemetry.trace.propagation.tracecontext import (
 from sqlmodel import Session, col, delete, select
 
 from orders.logs import request_id
-from orders.models import Event, EventKind, Order, now
+from orders.models import UNPROCESSED, Event, EventKind, Order, now
 
 PRUNE_BATCH = 1000  # orders that a prune looks at in one transaction
 MAX_COUNTED = 10_000  # events of a kind that a look at the backlog counts
@@ -113,7 +113,7 @@ MARK_PROCESSED = (
     sa.update(Event)
     .where(col(Event.id) == sa.bindparam("event_id"))
     .where(col(Event.kind) == sa.bindparam("event_kind"))
-    .where(col(Event.processed_at).is_(None))
+    .where(UNPROCESSED)
     .values(processed_at=sa.bindparam("moment"))
     .returning(Event)
     # The session has no older instance of the event that would have to change.
@@ -171,8 +171,7 @@ def measure_backlog(engine: sa.Engine) -> Backlog:
         for kind, handler in HANDLERS.items():
             events = (
                 sa.select(col(Event.created_at))
-                .where(col(Event.kind) == kind)
-                .where(col(Event.processed_at).is_(None))
+                .where(col(Event.kind) == kind, UNPROCESSED)
                 .order_by(col(Event.due_at))  # as the index of the relay
                 .limit(MAX_COUNTED)
                 .subquery()
@@ -228,8 +227,8 @@ def _prune_batch(
     if not dry_run:
         # From here on nobody can change these orders, or add an event.
         session.exec(select(Order.id).where(of_old).with_for_update()).all()
-    order_id, processed_at = col(Event.order_id), col(Event.processed_at)
-    is_recent = processed_at.is_(None) | (processed_at >= cutoff)
+    order_id = col(Event.order_id)
+    is_recent = UNPROCESSED | (col(Event.processed_at) >= cutoff)
     is_kept = order_id.in_(old), is_recent
     kept = session.exec(select(order_id).where(*is_kept)).all()
     dead = set(old) - set(kept)

@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
     with_config,
 )
-from sqlmodel import Field, SQLModel
+from sqlmodel import Field, SQLModel, col
 from typing_extensions import TypedDict  # pydantic needs it before 3.12
 
 MAX_EMAIL = 254  # characters; RFC 5321, section 4.5.3.1.3
@@ -80,6 +80,19 @@ def check_storable(value: Value, depth: int = 0) -> Value:
             for inner in value:
                 check_storable(inner, depth + 1)
     return value
+
+
+# --- Users ------------------------------------------------------------------
+
+
+class User(SQLModel, table=True):
+    """A registered user; `auth` has the schemas of users."""
+
+    __tablename__ = "users"
+
+    id: int | None = Field(default=None, primary_key=True)
+    email: str = Field(max_length=MAX_EMAIL, unique=True)
+    hashed_password: str
 
 
 # --- The status of an order -------------------------------------------------
@@ -246,16 +259,6 @@ def statuses_in(header: str) -> set[OrderStatus]:
     return {status for status in OrderStatus if etag_of(status) in tags}
 
 
-class User(SQLModel, table=True):
-    """A registered user; `auth` has the schemas of users."""
-
-    __tablename__ = "users"
-
-    id: int | None = Field(default=None, primary_key=True)
-    email: str = Field(max_length=MAX_EMAIL, unique=True)
-    hashed_password: str
-
-
 NEWEST = ("user_id", "created_at", "id")
 NEWEST_BY_STATUS = ("user_id", "status", "created_at", "id")
 
@@ -328,3 +331,6 @@ class Event(EventPublic, table=True):
     # The trace of the call, which the handler continues: a W3C `traceparent`.
     traceparent: str | None = Field(None, max_length=55)
     due_at: datetime  # when it is to be processed, for the first time or again
+
+
+UNPROCESSED = col(Event.processed_at).is_(None)  # a condition for statements
