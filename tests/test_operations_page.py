@@ -39,6 +39,7 @@ from test_readme import (
     section,
     serves,
     shell,
+    spans_of,
     tree,  # noqa: F401
     values,
 )
@@ -137,12 +138,10 @@ def commands_in(block):
 
 def shown_commands():
     """Return every command on the page."""
-    prose = re.sub("```.*?```", "", PAGE, flags=re.DOTALL)
-    spans = (" ".join(s.split()) for s in re.findall("`([^`]+)`", prose))
     # Words after the name of a program.
     typed = [
         span
-        for span in spans
+        for span in spans_of(PAGE)
         if re.match(r"([A-Z_]+=\S* )*[a-z][\w.-]* \S", span)
     ]
     shown = {

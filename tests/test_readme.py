@@ -69,13 +69,17 @@ EXERCISED = {
 }
 
 
+def spans_of(page):
+    """Return what the prose of a page shows as code."""
+    prose = re.sub("```.*?```", "", page, flags=re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall("`([^`]+)`", prose)]
+
+
 def shown_commands(page=README):
     """Return every command on a page, but for those in a console."""
-    prose = re.sub("```.*?```", "", page, flags=re.DOTALL)
-    spans = (" ".join(s.split()) for s in re.findall("`([^`]+)`", prose))
     typed = [
         span
-        for span in spans
+        for span in spans_of(page)
         # Words after a program's name, or a program in the tree.
         if re.match(r"([A-Z_]+=\S* )*[a-z.][\w./-]* \S", span)
         or ((ROOT / span).is_file() and (ROOT / span).stat().st_mode & 0o100)
