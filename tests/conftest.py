@@ -43,6 +43,7 @@ import servers
 from fastapi import applications
 from fastapi.openapi import utils
 from fastapi.testclient import TestClient
+from pika.adapters.blocking_connection import BlockingChannel
 from pwdlib.hashers.argon2 import Argon2Hasher
 
 from orders import auth
@@ -311,8 +312,9 @@ def production(
     database_url = stack.copy_database(name)
     with redis.Redis(port=stack.redis.port) as client:
         client.flushall()
-    if "run" in request.fixturenames:
-        empty_queues(stack.rabbitmq_url)
+    if "run" in request.fixturenames:  # no message of an earlier test
+        with channel_at(stack.rabbitmq_url) as channel:
+            purged(channel)
     return replace(
         embedded,
         database_url=database_url,
@@ -321,15 +323,28 @@ def production(
     )
 
 
-def empty_queues(rabbitmq_url: str) -> None:
-    """Leave a worker no message of an earlier test."""
+@contextlib.contextmanager
+def channel_at(rabbitmq_url: str) -> Iterator[BlockingChannel]:
+    """Open a channel to a broker for the time of the block."""
     parameters = pika.URLParameters(rabbitmq_url)
     with pika.BlockingConnection(parameters) as connection:
-        channel = connection.channel()
-        # The delay queue, which is the last, fills the others.
-        for queue, arguments in reversed(QUEUE_ARGUMENTS.items()):
-            channel.queue_declare(queue, durable=True, arguments=arguments)
-            channel.queue_purge(queue)
+        yield connection.channel()
+
+
+def declared(channel: BlockingChannel) -> BlockingChannel:
+    """Return the channel, with the queues declared as the service does."""
+    for queue, arguments in QUEUE_ARGUMENTS.items():
+        channel.queue_declare(queue, durable=True, arguments=arguments)
+    return channel
+
+
+def purged(channel: BlockingChannel) -> BlockingChannel:
+    """Return the channel, with the queues declared, and empty."""
+    declared(channel)
+    # The delay queue, which is the last, fills the others.
+    for queue in reversed(QUEUE_ARGUMENTS):
+        channel.queue_purge(queue)
+    return channel
 
 
 @pytest.fixture(params=["embedded", "production"])

@@ -22,6 +22,7 @@ from uuid import UUID, uuid4
 import pika
 import pytest
 import servers
+from conftest import channel_at, purged
 from faults import proxying
 
 from orders import broker
@@ -49,7 +50,7 @@ def message(delay=DUE, **members):
 @pytest.fixture
 def url(stack):
     """Return where RabbitMQ is, its queues empty."""
-    with channel_to(stack.rabbitmq_url) as channel:
+    with channel_at(stack.rabbitmq_url) as channel:
         purged(channel)
     return stack.rabbitmq_url
 
@@ -57,7 +58,7 @@ def url(stack):
 @pytest.fixture
 def frail(frail_rabbitmq):
     """Return a RabbitMQ that may be harmed, its queues empty and ours."""
-    with channel_to(servers.rabbitmq_url(frail_rabbitmq)) as channel:
+    with channel_at(servers.rabbitmq_url(frail_rabbitmq)) as channel:
         for queue in QUEUE_ARGUMENTS:
             channel.queue_delete(queue)
         purged(channel)
@@ -84,21 +85,6 @@ def impatient(monkeypatch):
     return broker.BROKER_TIMEOUT
 
 
-@contextlib.contextmanager
-def channel_to(url):
-    """Open a channel for the time of the block."""
-    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
-        yield connection.channel()
-
-
-def purged(channel):
-    """Return the channel, with the queues declared, and empty."""
-    for queue, arguments in QUEUE_ARGUMENTS.items():
-        channel.queue_declare(queue, durable=True, arguments=arguments)
-        channel.queue_purge(queue)
-    return channel
-
-
 def waiting_in(channel, queue):
     """Return how many messages wait in a queue."""
     return channel.queue_declare(queue, passive=True).method.message_count
@@ -114,7 +100,7 @@ def taken_from(channel, queue):
 
 def ids_in(url, queue):
     """Take the messages of a queue; return the ids of their events."""
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         return [
             UUID(json.loads(body)[0][0])
             for _, body in taken_from(channel, queue)
@@ -206,7 +192,7 @@ def test_a_message_is_as_celery_s_protocol_says(
 
     publishing(url).deliver([sent])
 
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         [(properties, body)] = taken_from(channel, queue)
     del properties.headers["x-delivery-count"]  # RabbitMQ's own
     event_id = str(sent.event_id)
@@ -297,7 +283,7 @@ def test_only_what_no_worker_has_taken_is_ready(url, publishing):
     publisher = publishing(url)
     publisher.deliver([message(), message(), message(), message(LATER)])
 
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         channel.basic_get(QUEUE)
         counted = publisher.count_ready()
 
@@ -312,7 +298,7 @@ def test_batches_are_confirmed_one_after_the_other(url, publishing):
         for size in (1, 0, 500, 2, 500)
     ]
     counted = []
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         for batch in batches:
             publisher.deliver(batch)
             queues = QUEUE, DELAY_QUEUE
@@ -372,7 +358,7 @@ def test_a_message_for_a_missing_queue_is_returned(
     url = servers.rabbitmq_url(frail)
     publisher = publishing(url)
     publisher.deliver([message(delay)])
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         channel.queue_delete(queue)
     again = message(delay)
 
@@ -390,7 +376,7 @@ def test_counting_notices_a_missing_queue(frail, publishing, queue):
     url = servers.rabbitmq_url(frail)
     publisher = publishing(url)
     publisher.count_ready()
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         channel.queue_delete(queue)
 
     with pytest.raises(ConnectionError, match=f"NOT_FOUND.*'{queue}'"):
@@ -403,7 +389,7 @@ def test_counting_notices_a_missing_queue(frail, publishing, queue):
 def test_a_queue_with_other_arguments_is_named(frail, publishing, queue):
     """The reason is RabbitMQ's own, which the README explains."""
     url = servers.rabbitmq_url(frail)
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         channel.queue_delete(queue)
         channel.queue_declare(queue, durable=True)
     publisher = publishing(url)
@@ -412,7 +398,7 @@ def test_a_queue_with_other_arguments_is_named(frail, publishing, queue):
     for _ in range(2):
         with pytest.raises(ConnectionError, match=reason):
             publisher.count_ready()
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         channel.queue_delete(queue)
 
     assert publisher.count_ready() == 0
@@ -564,7 +550,7 @@ def test_a_batch_waits_while_the_network_is_slow(url, stack, publishing):
         release.join()
 
     assert time.monotonic() - began > 1.5
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         assert waiting_in(channel, QUEUE) == MANY
 
 
@@ -582,7 +568,7 @@ def test_a_batch_is_given_up_while_the_network_is_full(
 
     recovers(publisher.deliver, few)
 
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         assert waiting_in(channel, QUEUE) >= len(few)
 
 
@@ -708,7 +694,7 @@ def test_no_connect_leaves_a_file_open(url, stack, publishing, impatient):
 def test_no_failure_leaves_a_file_open(frail, publishing, impatient):
     """Not a channel that RabbitMQ closed, nor a hang, nor a fault of ours."""
     url = servers.rabbitmq_url(frail)
-    with channel_to(url) as channel:
+    with channel_at(url) as channel:
         publisher = publishing(url)
         before = open_files()
         publisher.count_ready()

@@ -17,11 +17,10 @@ from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
-import pika
 import psycopg
 import pytest
 import servers
-from conftest import replace
+from conftest import channel_at, declared, purged, replace
 from faults import Journal, calling, proxying, through, user_of
 from sqlalchemy import event
 
@@ -52,31 +51,14 @@ LOCK_WAITS = (
 )
 
 
-@contextlib.contextmanager
 def channel_to(settings):
-    """Open a channel to the broker."""
-    parameters = pika.URLParameters(settings.rabbitmq_url)
-    with pika.BlockingConnection(parameters) as connection:
-        yield connection.channel()
+    """Open a channel to the broker for the time of a block."""
+    return channel_at(settings.rabbitmq_url)
 
 
 def broker_of(client):
     """Return what the API says of its broker."""
     return client.get("/ready").json()["broker"]
-
-
-def declared(channel):
-    """Return the channel, with the queues declared as the service does."""
-    for queue, arguments in QUEUE_ARGUMENTS.items():
-        channel.queue_declare(queue, durable=True, arguments=arguments)
-    return channel
-
-
-def purged(channel):
-    """Return the channel, with nothing left in the queues."""
-    for queue in QUEUE_ARGUMENTS:
-        declared(channel).queue_purge(queue)
-    return channel
 
 
 def ready_in(channel, *queues):

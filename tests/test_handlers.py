@@ -12,7 +12,6 @@ import servers
 from conftest import User, replace
 from fastapi.testclient import TestClient
 from faults import Journal
-from test_faults import channel_to, purged
 from test_tasks import worker_with
 
 from orders import handlers
@@ -117,14 +116,11 @@ WORKER = "import cancel\nfrom orders.tasks import app\n"
 def test_a_handler_may_change_its_order(settings, run, tmp_path, monkeypatch):
     """In a worker, too; the cache forgets what it had before."""
     (tmp_path / "cancel.py").write_text(CANCEL)
-    (tmp_path / "canceling_worker.py").write_text(WORKER)
     monkeypatch.syspath_prepend(tmp_path)
     kind = EventKind.NEW_ORDER
     monkeypatch.setitem(HANDLERS, kind, HANDLERS[kind])  # and put it back
     if settings.rabbitmq_url:
-        with channel_to(settings) as channel:
-            purged(channel)
-        run(worker_with(app="canceling_worker"), settings)
+        run(worker_with(code=WORKER), settings)
     else:
         importlib.import_module("cancel")
     with TestClient(create_app(settings)) as client:

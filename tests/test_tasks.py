@@ -47,12 +47,17 @@ CELERY = ["celery", "-A", "orders.tasks"]
 BURST = 400  # orders, many more than a worker prefetches
 
 
-def worker_with(*options, app="orders.tasks", log="worker.log"):
-    """Return what makes a worker with options of Celery's own."""
+def worker_with(*options, code="", log="worker.log"):
+    """Return what makes a worker with options of Celery's own.
+
+    `code`: of a module that has the app, if it is not that of the package.
+    """
 
     def make(folder, env):
         server = servers.worker(folder, env)
-        server.command[server.command.index("-A") + 1] = app
+        if code:
+            (folder / "altered.py").write_text(code)
+            server.command[server.command.index("-A") + 1] = "altered"
         server.command += options
         server.log = folder / log
         return server
@@ -116,7 +121,6 @@ def test_celery_inspect_knows_each_handler_and_what_runs(
             inspect, ("registered", "stats", "ping")
         )
     with channel_to(production) as channel:
-        purged(channel)
         with psycopg.connect(journal.url) as lock:
             lock.execute("SELECT 1 FROM events FOR UPDATE")
             publish(channel, events)
@@ -149,7 +153,6 @@ def test_celery_events_shows_each_task_run(production, run, tmp_path):
     )
     watcher.log = tmp_path / "events.log"
     with channel_to(production) as channel, servers.running(watcher):
-        purged(channel)
         publish(channel, events)
         servers.wait_until(
             lambda: watcher.text().count("task succeeded") == 3, 20
@@ -171,7 +174,6 @@ def test_a_failed_task_is_one_line_that_says_why(production, run):
     poison(journal, bad)
     worker = run(servers.worker, production)
     with channel_to(production) as channel:
-        purged(channel)
         publish(channel, events)
         servers.wait_until(lambda: ready_in(channel, DEAD_LETTERS), 10)
         purged(channel)
@@ -207,7 +209,6 @@ def test_a_burst_is_processed_once_with_each_option(production, run, options):
     journal = Journal(production)
     worker = run(worker_with(*options), production)
     with channel_to(production) as channel:
-        purged(channel)
         publish(channel, journal.insert(BURST))
         check_each_processed_once(channel, journal, worker)
 
@@ -228,7 +229,6 @@ def test_a_worker_that_is_stopped_in_a_burst_gives_the_rest_back(
     journal = Journal(production)
     worker = run(worker_with(*options), production)
     with channel_to(production) as channel:
-        purged(channel)
         publish(channel, journal.insert(2 * BURST))
         servers.wait_until(lambda: " processed" in worker.text(), 10)
         # Processes of the prefork pool wait 30 s for Celery to hear them.
@@ -251,7 +251,6 @@ def test_a_task_whose_process_is_killed_is_run_by_another(production, run):
     worker = run(worker_with(PREFORK, "-c", "2"), production)
     events = journal.insert(20)
     with channel_to(production) as channel:
-        purged(channel)
         with psycopg.connect(journal.url) as lock:
             lock.execute("SELECT 1 FROM events FOR UPDATE")
             publish(channel, events)
@@ -272,7 +271,6 @@ def test_two_workers_of_one_name_share_the_work(production, run):
         for name in ("one", "two")
     ]
     with channel_to(production) as channel:
-        purged(channel)
         publish(channel, journal.insert(BURST))
         check_each_processed_once(channel, journal, *workers)
 
@@ -290,15 +288,13 @@ from orders.tasks import app
 
 
 def test_a_worker_without_its_database_gives_its_messages_back(
-    production, stack, run, tmp_path
+    production, stack, run
 ):
     """Before the broker loses patience; another worker can do them."""
-    (tmp_path / "short.py").write_text(SHORT)
     journal = Journal(production)
     with proxying(stack.postgres) as proxy, channel_to(production) as channel:
-        purged(channel)
         proxy.cut = lambda connection, data: True
-        make = worker_with("-n", "cut@%h", app="short", log="cut.log")
+        make = worker_with("-n", "cut@%h", code=SHORT, log="cut.log")
         cut = run(make, through(proxy, production, stack.postgres))
         publish(channel, journal.insert(20))
         servers.wait_until(lambda: "is away" in cut.text(), 10)
@@ -313,18 +309,14 @@ def test_a_worker_without_its_database_gives_its_messages_back(
     assert "The database is away: " in line
 
 
-def test_an_event_that_alone_is_refused_is_no_outage_for_ever(
-    production, run, tmp_path
-):
+def test_an_event_that_alone_is_refused_is_no_outage_for_ever(production, run):
     """Its statement is canceled, as in an outage, but the database is well."""
-    (tmp_path / "short.py").write_text(SHORT)
     journal = Journal(production)
     [(bad, _)] = journal.insert(1)
     journal.acknowledged.clear()
     poison(journal, bad, "USING ERRCODE = 'query_canceled'")
     with channel_to(production) as channel:
-        purged(channel)
-        worker = run(worker_with("-c", "2", app="short"), production)
+        worker = run(worker_with("-c", "2", code=SHORT), production)
         publish(channel, [(bad, None), *journal.insert(20)])
         servers.wait_until(lambda: ready_in(channel, DEAD_LETTERS) == 1, 10)
         servers.wait_until(
@@ -350,7 +342,6 @@ def test_a_worker_without_its_database_stops_soon(
     """The messages that it had are in the queue again."""
     journal = Journal(production)
     with proxying(stack.postgres) as proxy, channel_to(production) as channel:
-        purged(channel)
         proxy.cut = lambda connection, data: True
         settings = through(proxy, production, stack.postgres)
         worker = run(worker_with(*options), settings)
@@ -370,15 +361,13 @@ def test_a_worker_without_its_database_stops_soon(
 
 @pytest.mark.parametrize("options", [(), (PREFORK, "-c", "2")])
 def test_a_connection_to_the_database_that_is_silent_is_given_up(
-    production, stack, run, tmp_path, options
+    production, stack, run, options
 ):
     """In each process of a pool; another connection does the work."""
-    (tmp_path / "impatient.py").write_text(IMPATIENT)
     journal = Journal(production)
     with proxying(stack.postgres) as proxy, channel_to(production) as channel:
-        purged(channel)
         settings = through(proxy, production, stack.postgres)
-        worker = run(worker_with(*options, app="impatient"), settings)
+        worker = run(worker_with(*options, code=IMPATIENT), settings)
         publish(channel, journal.insert(50))
         servers.wait_until(lambda: not journal.where("processed_at IS NULL"))
         proxy.swallow_present()
@@ -389,15 +378,13 @@ def test_a_connection_to_the_database_that_is_silent_is_given_up(
 
 
 def test_a_worker_whose_connection_is_silent_makes_another(
-    production, stack, run, tmp_path
+    production, stack, run
 ):
     """It says so in one line."""
-    (tmp_path / "impatient.py").write_text(IMPATIENT)
     journal = Journal(production)
     with proxying(stack.rabbitmq) as proxy, channel_to(production) as channel:
-        purged(channel)
         settings = through(proxy, production, stack.rabbitmq)
-        worker = run(worker_with("-E", app="impatient"), settings)
+        worker = run(worker_with("-E", code=IMPATIENT), settings)
         proxy.swallow_present()
         publish(channel, journal.insert(50))
         servers.wait_until(lambda: "broker lost" in worker.text(), 40)
@@ -406,16 +393,12 @@ def test_a_worker_whose_connection_is_silent_makes_another(
     assert len(complaints(worker)) == 1
 
 
-def test_a_worker_is_not_locked_out_by_the_one_before(
-    production, stack, run, tmp_path
-):
+def test_a_worker_is_not_locked_out_by_the_one_before(production, stack, run):
     """Its machine lost its power, and the broker has not noticed yet."""
-    (tmp_path / "impatient.py").write_text(IMPATIENT)
     journal = Journal(production)
     with proxying(stack.rabbitmq) as proxy, channel_to(production) as channel:
-        purged(channel)
         settings = through(proxy, production, stack.rabbitmq)
-        worker = run(worker_with(app="impatient"), settings)
+        worker = run(worker_with(code=IMPATIENT), settings)
         proxy.hold()
         time.sleep(1.2 * SHORT_TIMEOUT)  # heartbeats are held back
         worker.kill()
@@ -747,7 +730,6 @@ def test_each_line_of_a_json_log_is_an_object(production, run):
     poison(journal, bad)
     worker = run(servers.worker, production, LOG_FORMAT="json")
     with channel_to(production) as channel:
-        purged(channel)
         publish(channel, [(bad, None), *good])
         channel.basic_publish("", QUEUE, b"malformed")
         servers.wait_until(lambda: ready_in(channel, DEAD_LETTERS) == 2, 10)
@@ -788,7 +770,6 @@ def test_strange_commands_of_a_monitor_end_no_worker(
     """Whoever may publish there, the worker goes on and answers others."""
     worker, journal = run(servers.worker, production), Journal(production)
     with channel_to(production) as channel:
-        purged(channel)
         for properties, body in itertools.product(
             STRANGE_PROPERTIES, STRANGE_BODIES
         ):
