@@ -14,7 +14,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -54,6 +56,8 @@ from orders.settings import Settings
 
 servers.use_memory()
 
+ROOT = Path(__file__).parent.parent
+BYTECODE = {"__pycache__", "*.py[cod]"}
 PASSWORD = "correct horse battery"
 SECRET = "never-in-a-log"  # of the private servers, which take any
 QUICK = "not fault and not long"
@@ -61,7 +65,7 @@ ITEMS = [{"name": "tea", "quantity": 3, "price": 0.1}]
 
 
 # Tests of these run one after the other, for they share what is dear to make.
-SHARED = ("frail_rabbitmq", "reader", "server", "tls")
+SHARED = ("frail_rabbitmq", "reader", "server")
 # The modules in which a test that runs processes harms them, or waits long.
 FAULTS = {"faults", "store_faults", "trust", "outages", "loads", "tasks"}
 
@@ -368,12 +372,19 @@ def http() -> Iterator[Callable[[servers.Server], httpx2.Client]]:
 
 
 @pytest.fixture(scope="session")
+def tls_port() -> int:
+    """Return where the broker that tests harm has a certificate."""
+    return servers.free_port()
+
+
+@pytest.fixture(scope="session")
 def frail_rabbitmq(
-    stack: Stack, tmp_path_factory: pytest.TempPathFactory
+    stack: Stack, tls_port: int, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[servers.Server]:
     """Run a broker that tests harm, and heal before they end."""
     folder = tmp_path_factory.mktemp("rabbitmq")
-    with servers.running(servers.rabbitmq(folder)) as server:
+    broker = servers.rabbitmq_with_tls(folder, tls_port)
+    with servers.running(broker) as server:
         yield server
 
 
@@ -424,6 +435,46 @@ def run(
             return stack.enter_context(servers.running(server))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def server(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[servers.Server]:
+    """Run the service embedded, without a limit of calls."""
+    folder = tmp_path_factory.mktemp("server")
+    with servers.running(servers.orders(folder)) as server:
+        yield server
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Return a copy of the tree, without what git ignores but bytecode."""
+    ignored = (ROOT / ".gitignore").read_text().split()
+    patterns = {pattern.rstrip("/") for pattern in ignored}
+    return shutil.copytree(
+        ROOT,
+        tmp_path / "orders",
+        ignore=shutil.ignore_patterns(".git", *(patterns - BYTECODE)),
+    )
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the environment of a reader: no setting, and nothing of ours."""
+    env = servers.without_coverage()
+    for name in ("JWT_SECRET_KEY", "VIRTUAL_ENV"):
+        env.pop(name, None)
+    venv = tmp_path_factory.mktemp("venv")
+    env["UV_PROJECT_ENVIRONMENT"] = str(venv)
+    subprocess.run(["uv", "sync", "--quiet"], cwd=ROOT, env=env, check=True)
+    # And what is compiled already: to do it again takes ten seconds.
+    packages = Path(sysconfig.get_path("purelib"))
+    for compiled in packages.rglob("__pycache__"):
+        theirs = venv / compiled.relative_to(sys.prefix)
+        shutil.copytree(compiled, theirs, dirs_exist_ok=True)
+    cache = ROOT / ".mypy_cache"  # or it would read all libraries again
+    return env | {"MYPY_CACHE_DIR": str(cache)}
 
 
 @pytest.fixture

@@ -90,6 +90,14 @@ def free_port() -> int:
             return port
 
 
+def accepts(port: int) -> bool:
+    """Return whether somebody accepts connections on a port."""
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        return True
+    return False
+
+
 def wait_until(
     condition: Callable[[], object], timeout: float = START_TIMEOUT
 ) -> None:
@@ -164,10 +172,7 @@ class Server:
 
     def listens(self) -> bool:
         """Return whether somebody accepts connections on the port."""
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
-            return True
-        return False
+        return accepts(self.port)
 
     def start(self) -> "Server":
         """Start the process and wait until it is ready."""
@@ -338,6 +343,41 @@ def redis(folder: Path) -> Server:
     )
 
 
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """Make a key, and a certificate of `localhost`; return their files."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"),
+            *("-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost"),
+            *("-keyout", key, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return key, certificate
+
+
+def rabbitmq_with_tls(folder: Path, tls_port: int) -> Server:
+    """Return a private RabbitMQ with a certificate for another port."""
+    key, certificate = make_certificate(folder)
+    server = rabbitmq(folder)
+    configuration = folder / "tls.conf"
+    configuration.write_text(
+        f"""
+        listeners.ssl.default = 127.0.0.1:{tls_port}
+        ssl_options.cacertfile = {certificate}
+        ssl_options.certfile = {certificate}
+        ssl_options.keyfile = {key}
+        ssl_options.verify = verify_none
+        """
+    )
+    server.env["RABBITMQ_CONFIG_FILE"] = str(configuration)
+    server.ready = lambda: accepts(server.port) and accepts(tls_port)
+    return server
+
+
 def rabbitmq(folder: Path) -> Server:
     """Return a private RabbitMQ, its data in `folder`."""
     port, name = free_port(), f"orders{free_port()}"
@@ -386,6 +426,25 @@ def api(folder: Path, env: dict[str, str]) -> Server:
         port=port,
         folder=folder,
         env=env,
+        ready=lambda: healthy(port),
+        ours=True,
+        preloaded=True,
+    )
+
+
+def orders(folder: Path, env: dict[str, str] | None = None) -> Server:
+    """Return `uv run orders` as a process."""
+    port = free_port()
+    return Server(
+        [PYTHON / "orders"],
+        port=port,
+        folder=folder,
+        env={
+            "JWT_SECRET_KEY": "",
+            "APP_PORT": str(port),
+            "RATE_LIMIT": "",
+            **(env or {}),
+        },
         ready=lambda: healthy(port),
         ours=True,
         preloaded=True,

@@ -15,7 +15,6 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from test_journey import orders_command
 
 # Run by an interpreter of its own, on the client that was generated.
 JOURNEY = """
@@ -68,14 +67,6 @@ assert isinstance(taken.detail, str)
 assert isinstance(invalid.detail, list)
 assert wrong.error == "invalid_grant"
 """
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Run the service embedded, without a limit."""
-    folder = tmp_path_factory.mktemp("clients")
-    with servers.running(orders_command(folder)) as server:
-        yield server
 
 
 @pytest.mark.long

@@ -20,7 +20,6 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from test_journey import orders_command
 
 import orders.__main__
 from orders.api import create_app
@@ -31,14 +30,6 @@ MAX_HEAD = 64 * KIBIBYTE
 FLOOD = 32 * KIBIBYTE * KIBIBYTE  # bytes
 # uvicorn's own limits, which were too short for some.
 UVICORN_HEALTHCHECK = 5  # seconds
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Run the service embedded, without a limit of calls."""
-    folder = tmp_path_factory.mktemp("connections")
-    with servers.running(orders_command(folder)) as server:
-        yield server
 
 
 @contextlib.contextmanager
@@ -394,7 +385,7 @@ def answers_from(server, count):
 @contextlib.contextmanager
 def two_processes(folder, env=None):
     """Run `uv run orders` with two processes; do not wait for them."""
-    server = orders_command(folder, {"WEB_CONCURRENCY": "2", **(env or {})})
+    server = servers.orders(folder, {"WEB_CONCURRENCY": "2", **(env or {})})
     server.ready = lambda: True
     with servers.running(server):
         servers.wait_until(lambda: len(workers_of(server)) == 2)

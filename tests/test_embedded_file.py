@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import servers
 from conftest import User
-from test_journey import orders_command
 
 READ = """
 import sqlite3, sys
@@ -55,7 +54,7 @@ def plain(order_ids):
 def test_a_visitor_of_the_file_loses_no_order(tmp_path, http, visit):
     """Another process reads or copies the file; then the service is killed."""
     file, copy = tmp_path / "orders.db", tmp_path / "copy.db"
-    with servers.running(orders_command(tmp_path)) as server:
+    with servers.running(servers.orders(tmp_path)) as server:
         ada = User(http(server), "ada@example.com")
         before = [ada.order() for _ in range(60)]
         if visit == "reader":
@@ -73,7 +72,7 @@ def test_a_visitor_of_the_file_loses_no_order(tmp_path, http, visit):
 def test_a_copy_by_the_operating_system_loses_no_order(tmp_path, http):
     """It may be torn, but harms nothing: the log stays with the service."""
     file = tmp_path / "orders.db"
-    with servers.running(orders_command(tmp_path)) as server:
+    with servers.running(servers.orders(tmp_path)) as server:
         ada = User(http(server), "ada@example.com")
         before = [ada.order() for _ in range(30)]
         in_another_process(READ, file)
@@ -87,9 +86,9 @@ def test_a_copy_by_the_operating_system_loses_no_order(tmp_path, http):
 
 def test_two_processes_on_one_file_lose_no_order(tmp_path, http):
     """Two services share the file; each is killed, and nothing is lost."""
-    first = orders_command(tmp_path)
+    first = servers.orders(tmp_path)
     with servers.running(first):
-        second = orders_command(tmp_path)
+        second = servers.orders(tmp_path)
         with servers.running(second):
             users = [
                 User(http(server), f"{server.port}@example.com")

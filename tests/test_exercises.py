@@ -14,12 +14,10 @@ import subprocess
 
 import pytest
 import servers
-from conftest import ITEMS, User, environment
+from conftest import ITEMS, ROOT, User, environment
 from fastapi.testclient import TestClient
-from test_journey import orders_command
 from test_readme import (
     README,
-    ROOT,
     run_console,
     section,
     settled,
@@ -116,7 +114,7 @@ class Copy:
         """
         env = self.env | environment(settings)
         with contextlib.ExitStack() as stack:
-            api = orders_command(self.folder, env)
+            api = servers.orders(self.folder, env)
             stack.enter_context(servers.running(api))
             worker = api
             if settings.rabbitmq_url:

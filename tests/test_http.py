@@ -10,13 +10,11 @@ from http import HTTPStatus
 from urllib.parse import urljoin
 
 import pytest
-import servers
 from conftest import ITEMS, PASSWORD, User, replace
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from test_journey import orders_command
 
 from orders import models
 from orders.api import create_app
@@ -722,14 +720,6 @@ RAW = [
     f" application/x-www-form-urlencoded\r\nContent-Length: 44{END}"
     "username=%ED%A0%80%00&password=%FF%00%ED%A0%80",
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Run the service embedded, without a limit."""
-    folder = tmp_path_factory.mktemp("http")
-    with servers.running(orders_command(folder)) as server:
-        yield server
 
 
 def exchange(port, data, timeout=0.15):

@@ -8,25 +8,6 @@ import servers
 from conftest import User, environment
 
 
-def orders_command(folder, env=None):
-    """Return `uv run orders` as a process."""
-    port = servers.free_port()
-    return servers.Server(
-        [servers.PYTHON / "orders"],
-        port=port,
-        folder=folder,
-        env={
-            "JWT_SECRET_KEY": "",
-            "APP_PORT": str(port),
-            "RATE_LIMIT": "",
-            **(env or {}),
-        },
-        ready=lambda: servers.healthy(port),
-        ours=True,
-        preloaded=True,
-    )
-
-
 def processed_lines(text, order_id):
     """Return how often a log says that the order was processed."""
     return text.count(f"Order {order_id} processed")
@@ -34,7 +15,7 @@ def processed_lines(text, order_id):
 
 def test_an_order_travels_on_an_empty_machine(tmp_path, http):
     """One command sets up, takes an order, processes it, and ends."""
-    with servers.running(orders_command(tmp_path)) as server:
+    with servers.running(servers.orders(tmp_path)) as server:
         ada = User(http(server), "ada@example.com")
         placed = time.monotonic()
         order_id = ada.order()
@@ -54,7 +35,7 @@ def test_an_order_travels_on_an_empty_machine(tmp_path, http):
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_an_order_outlives_the_process_that_took_it(tmp_path, http, end):
     """What was not yet processed is processed at the next start."""
-    server = orders_command(tmp_path)
+    server = servers.orders(tmp_path)
     with servers.running(server):
         ada = User(http(server), "ada@example.com")
         order_id, began = ada.order(), time.monotonic()

@@ -21,7 +21,6 @@ from conftest import PASSWORD, User
 from fastapi.testclient import TestClient
 from sqlalchemy import Pool, event, text
 from sqlalchemy.exc import InternalError
-from test_journey import orders_command
 
 import orders.cache
 from orders.api import create_app
@@ -179,7 +178,7 @@ def hold(port, count, data):
 @pytest.mark.long
 def test_a_thousand_unfinished_calls_reset_nobody(tmp_path, http):
     """New callers get a 503 instead, and the service afterwards."""
-    with servers.running(orders_command(tmp_path)) as server:
+    with servers.running(servers.orders(tmp_path)) as server:
         client = http(server)
         before = memory(server)
         held = hold(server.port, 1000, b"GET / HTTP/1.1\r\nHost: x\r\nX-A: ")
@@ -211,7 +210,7 @@ HALVES = [
 @pytest.mark.long
 def test_half_a_call_does_not_outlive_a_sigterm(tmp_path):
     """Whoever never ends a call keeps the service up for seconds only."""
-    with servers.running(orders_command(tmp_path)) as server:
+    with servers.running(servers.orders(tmp_path)) as server:
         held = [*(hold(server.port, 1, half.encode()) for half in HALVES)]
         time.sleep(0.2)
         asked = time.monotonic()
@@ -384,7 +383,7 @@ def small_disk(tmp_path):
 @pytest.mark.long
 def test_a_disk_that_others_filled_is_a_503(small_disk, http):
     """Every byte is taken; some are given back, and all is well."""
-    server = orders_command(small_disk)
+    server = servers.orders(small_disk)
     server.log = small_disk.parent / "log"  # not on the full disk
     with servers.running(server):
         ada = User(http(server), "ada@example.com")

@@ -23,7 +23,6 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
     InMemorySpanExporter,
 )
-from test_journey import orders_command
 
 from orders.api import create_app
 from orders.broker import Publisher, celery_message
@@ -35,7 +34,7 @@ PARTS = {"time", "level", "logger", "message", "request_id"}
 # --- OpenTelemetry ----------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def telemetry():
     """Return the SDK's exporters; a process can have them but once."""
     spans, reader = InMemorySpanExporter(), InMemoryMetricReader()
@@ -219,7 +218,7 @@ def test_four_lines_of_env_turn_telemetry_on(tmp_path, http, collector):
         "OTEL_SERVICE_NAME=the-orders\n"
         "OTEL_METRIC_EXPORT_INTERVAL=1000\n"
     )
-    with servers.running(orders_command(tmp_path)) as server:
+    with servers.running(servers.orders(tmp_path)) as server:
         client = http(server)
         ada = User(client, "ada@example.com")
         ada.create(headers={"X-Request-ID": "traced-2"})
@@ -288,7 +287,7 @@ def objects(text):
 
 def test_json_logs_of_the_api_are_an_object_a_line(tmp_path, http):
     """From uvicorn and from us, a traceback inside its line."""
-    server = orders_command(tmp_path, {"LOG_FORMAT": "json"})
+    server = servers.orders(tmp_path, {"LOG_FORMAT": "json"})
     with servers.running(server):
         ada = User(http(server), "ada@example.com")
         order_id = ada.create(headers={"X-Request-ID": "json-1"}).json()["id"]
@@ -340,7 +339,7 @@ def test_json_logs_of_processes_and_workers_too(production, run, http):
 
 def test_text_stays_the_default(tmp_path, http):
     """For the eyes of a person."""
-    with servers.running(orders_command(tmp_path)) as server:
+    with servers.running(servers.orders(tmp_path)) as server:
         http(server).get("/nowhere", headers={"X-Request-ID": "text-1"})
         servers.wait_until(lambda: "[text-1]" in server.text(), 5)
 
@@ -359,7 +358,7 @@ def test_a_proxy_named_in_env_is_believed(tmp_path, http):
     for proxies in ("", "127.0.0.1", "*"):
         line = f"FORWARDED_ALLOW_IPS={proxies}\n"
         (tmp_path / ".env").write_text(secret + line)
-        server = orders_command(tmp_path, {"RATE_LIMIT": "1/minute"})
+        server = servers.orders(tmp_path, {"RATE_LIMIT": "1/minute"})
         with servers.running(server):
             client = http(server)
             codes[proxies] = [

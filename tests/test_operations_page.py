@@ -28,21 +28,12 @@ import pytest
 import redis
 import servers
 import yaml
-from conftest import User, environment, replace
+from conftest import ROOT, User, environment, replace
 from dotenv import dotenv_values
 from fastapi.testclient import TestClient
 from faults import proxying, through
-from test_journey import orders_command, processed_lines
-from test_readme import (
-    definitions,
-    reader,  # noqa: F401
-    section,
-    serves,
-    shell,
-    spans_of,
-    tree,  # noqa: F401
-    values,
-)
+from test_journey import processed_lines
+from test_readme import definitions, section, serves, shell, spans_of, values
 from test_settings import run_to_its_end
 
 from orders import auth
@@ -59,7 +50,6 @@ from orders.events import (
 from orders.service import Readiness
 from orders.settings import Settings
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "OPERATIONS.md").read_text()
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -172,7 +162,7 @@ def test_every_command_has_a_case():
 
 
 @pytest.mark.parametrize("command", ENDING)
-def test_a_command_of_the_page_succeeds(tree, reader, command):  # noqa: F811
+def test_a_command_of_the_page_succeeds(tree, reader, command):
     """It runs in a new copy of the tree."""
     ended = subprocess.run(
         ["bash", "-c", ENDING[command].format(command)],
@@ -185,7 +175,7 @@ def test_a_command_of_the_page_succeeds(tree, reader, command):  # noqa: F811
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def test_another_port_serves(tree, reader):  # noqa: F811
+def test_another_port_serves(tree, reader):
     """The API answers on the port that the page tells it to use."""
     port = servers.free_port()
     command = ANOTHER_PORT.replace("8001", str(port))
@@ -195,7 +185,7 @@ def test_another_port_serves(tree, reader):  # noqa: F811
         assert f"http://127.0.0.1:{port}/docs" in server.text()
 
 
-def test_the_api_is_served_below_a_path(tree, reader, embedded, http):  # noqa: F811
+def test_the_api_is_served_below_a_path(tree, reader, embedded, http):
     """A proxy strips the path from calls; the answers have it."""
     port = servers.free_port()
     env = reader | environment(embedded) | {"UVICORN_PORT": str(port)}
@@ -213,13 +203,7 @@ def test_the_api_is_served_below_a_path(tree, reader, embedded, http):  # noqa: 
     "commands", [STACK, COMPOSED], ids=["page", "compose"]
 )
 def test_the_production_commands_process_an_order(
-    production,
-    stack,
-    databases,
-    tree,  # noqa: F811
-    reader,  # noqa: F811
-    http,
-    commands,
+    production, stack, databases, tree, reader, http, commands
 ):
     """They start on an empty database; the image's health check agrees."""
     migrate, api, worker = commands
@@ -257,10 +241,7 @@ def test_the_production_commands_process_an_order(
 # --- The stack --------------------------------------------------------------
 
 
-def test_the_example_is_usable_once_its_secrets_are_filled_in(
-    tree,  # noqa: F811
-    reader,  # noqa: F811
-):
+def test_the_example_is_usable_once_its_secrets_are_filled_in(tree, reader):
     """As it is copied nothing starts, and the first reason is named."""
     subprocess.run(shlex.split(SET_UP), cwd=tree, check=True)
     subprocess.run(shlex.split(PRIVATE), cwd=tree, check=True)
@@ -488,7 +469,7 @@ def test_a_copy_of_the_embedded_database_brings_the_orders_back(
 ):
     """It is taken while the service runs."""
     back_up, restore = blocks("sh", "Back up and restore")[2:]
-    server = orders_command(tmp_path / "container")
+    server = servers.orders(tmp_path / "container")
 
     with servers.running(server):
         ada = User(http(server), "ada@example.com")
@@ -551,7 +532,7 @@ def test_the_rights_on_the_page_are_enough(
     """
     env = environment(least) | {"RATE_LIMIT": "100/minute"}
     with (
-        servers.running(orders_command(tmp_path, env)) as api,
+        servers.running(servers.orders(tmp_path, env)) as api,
         servers.running(servers.worker(tmp_path, env)) as worker,
     ):
         client = http(api)

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import re
 import signal
-import subprocess
 import tempfile
 import time
 import uuid
@@ -564,16 +563,13 @@ def test_a_live_connection_is_used_again(stack, plain, pool, tls):
 
 def tls_of(folder):
     """Make a certificate; return the lines of a pooler that uses it."""
-    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x"
-    files = "-keyout", "key.pem", "-out", "certificate.pem"
-    command = [*make.split(), *files]
-    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    key, certificate = servers.make_certificate(folder)
     folder.chmod(0o755)  # for PostgreSQL's user, if this is root's
-    (folder / "key.pem").chmod(0o644)
+    key.chmod(0o644)
     return (
         "client_tls_sslmode = require",
-        f"client_tls_key_file = {folder}/key.pem",
-        f"client_tls_cert_file = {folder}/certificate.pem",
+        f"client_tls_key_file = {key}",
+        f"client_tls_cert_file = {certificate}",
     )
 
 

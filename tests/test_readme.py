@@ -11,8 +11,6 @@ import contextlib
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
 import tomllib
 from datetime import timedelta
 from functools import cache
@@ -20,13 +18,11 @@ from pathlib import Path
 
 import pytest
 import servers
-from test_journey import orders_command
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MAX_LINES = 250
 PAGES = ("README.md", "OPERATIONS.md", "tests/BENCHMARKS.md", "CHANGELOG.md")
-BYTECODE = {"__pycache__", "*.py[cod]"}
 VOLATILE = {
     r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}": "<uuid>",
     r"\d{4}-\d\d-\d\dT[0-9:.]+Z": "<time>",
@@ -87,36 +83,6 @@ def shown_commands(page=README):
     for block in re.findall("```sh\n(.*?)```", page, re.DOTALL):
         typed += [line.partition("#")[0] for line in block.splitlines()]
     return {part.strip() for line in typed for part in line.split("&&")}
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """Return a copy of the tree, without what git ignores but bytecode."""
-    ignored = (ROOT / ".gitignore").read_text().split()
-    patterns = {pattern.rstrip("/") for pattern in ignored}
-    return shutil.copytree(
-        ROOT,
-        tmp_path / "orders",
-        ignore=shutil.ignore_patterns(".git", *(patterns - BYTECODE)),
-    )
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    """Return the environment of a reader: no setting, and nothing of ours."""
-    env = servers.without_coverage()
-    for name in ("JWT_SECRET_KEY", "VIRTUAL_ENV"):
-        env.pop(name, None)
-    venv = tmp_path_factory.mktemp("venv")
-    env["UV_PROJECT_ENVIRONMENT"] = str(venv)
-    subprocess.run(["uv", "sync", "--quiet"], cwd=ROOT, env=env, check=True)
-    # And what is compiled already: to do it again takes ten seconds.
-    packages = Path(sysconfig.get_path("purelib"))
-    for compiled in packages.rglob("__pycache__"):
-        theirs = venv / compiled.relative_to(sys.prefix)
-        shutil.copytree(compiled, theirs, dirs_exist_ok=True)
-    cache = ROOT / ".mypy_cache"  # or it would read all libraries again
-    return env | {"MYPY_CACHE_DIR": str(cache)}
 
 
 def shell(command, folder, env, **options):
@@ -212,7 +178,7 @@ def test_the_first_order_goes_as_the_readme_shows(tmp_path, number, limit):
     scripts = [typed_and_printed(block)[0] for block in blocks[: number + 1]]
     _, expected = typed_and_printed(blocks[number])
 
-    server = orders_command(tmp_path, {"RATE_LIMIT": limit})
+    server = servers.orders(tmp_path, {"RATE_LIMIT": limit})
     with servers.running(server):
         printed = run_console("\necho ---\n".join(scripts), server.port)
 

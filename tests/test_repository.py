@@ -2,9 +2,8 @@
 
 import importlib.metadata
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from conftest import ROOT
 
 
 def test_the_newest_release_is_the_version():

@@ -5,7 +5,6 @@ import subprocess
 import pytest
 import servers
 from conftest import User
-from test_journey import orders_command
 
 from orders.api import app
 from orders.problems import REFUSALS
@@ -15,7 +14,7 @@ from orders.problems import REFUSALS
 def test_schemathesis_finds_nothing(tmp_path, http, pytestconfig):
     """All of its checks hold: no 5xx, no undocumented answer."""
     examples = 20 if pytestconfig.option.all else 10
-    server = orders_command(tmp_path)
+    server = servers.orders(tmp_path)
     with servers.running(server):
         ada = User(http(server), "ada@example.com")
         found = subprocess.run(

@@ -12,6 +12,7 @@ import httpx2
 import psycopg
 import pytest
 import servers
+from conftest import ROOT
 from fastapi.testclient import TestClient
 from preloaded import Program
 
@@ -20,7 +21,6 @@ from orders.api import create_app
 from orders.settings import Settings, load_settings
 
 SECRET = "0123456789abcdef" * 4
-ROOT = Path(__file__).parent.parent
 TOLD = "s3cr3t"  # a part of a password, which no line may hold
 NOBODY = 65534  # a user who may read no file of another
 

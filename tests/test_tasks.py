@@ -417,12 +417,10 @@ def impatient(rabbitmq, seconds):
     """Let a broker end a consumer that is this long silent."""
 
     def set_limits(timeout, look):
-        for name, value in (
-            ("consumer_timeout", timeout),
-            ("channel_tick_interval", look),
-        ):
-            expression = f"application:set_env(rabbit, {name}, {value})."
-            servers.rabbitmqctl(rabbitmq, "eval", expression)
+        limits = f"[{{consumer_timeout,{timeout}}},"
+        limits += f"{{channel_tick_interval,{look}}}]"
+        expression = f"application:set_env([{{rabbit,{limits}}}])."
+        servers.rabbitmqctl(rabbitmq, "eval", expression)
 
     set_limits(seconds * 1000, 1000)
     try:
@@ -602,53 +600,24 @@ def test_a_virtual_host_that_is_not_there_is_one_line_a_try(
     assert "absent" in line
 
 
-@pytest.fixture(scope="module")
-def tls(stack, tmp_path_factory):
-    """Run a broker that is `localhost`, and return what it is reached by.
-
-    Its certificate, which has signed itself, is trusted if the environment
-    says so.
-    """
-    folder = tmp_path_factory.mktemp("tls")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"),
-            *("-days", "2", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=DNS:localhost"),
-            *("-keyout", key, "-out", certificate),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    server, port = servers.rabbitmq(folder), servers.free_port()
-    (folder / "tls.conf").write_text(
-        f"""
-        listeners.ssl.default = 127.0.0.1:{port}
-        ssl_options.cacertfile = {certificate}
-        ssl_options.certfile = {certificate}
-        ssl_options.keyfile = {key}
-        ssl_options.verify = verify_none
-        """
-    )
-    server.env["RABBITMQ_CONFIG_FILE"] = str(folder / "tls.conf")
-    server.ready = lambda: "completed with" in server.text()
-    with servers.running(server):
-        yield servers.rabbitmq_url(server), port, certificate
-
-
 @pytest.fixture
-def secure(production, tls, monkeypatch):
-    """Return what makes settings for TLS, by a host name or another."""
-    plain, port, certificate = tls
+def secure(private_rabbitmq, tls_port, monkeypatch):
+    """Return what makes settings for TLS, by a host name or another.
+
+    The certificate has signed itself: it is trusted if the environment says
+    so.
+    """
+    rabbitmq, plain = private_rabbitmq
+    certificate = rabbitmq.folder / "certificate.pem"
+    login = f"guest:{servers.BROKER_PASSWORD}"
 
     def make(host, *, trusted=True):
         trust = str(certificate) if trusted else "/dev/null"
         monkeypatch.setenv("SSL_CERT_FILE", trust)
-        url = f"amqps://guest:{servers.BROKER_PASSWORD}@{host}:{port}/%2F"
-        return replace(production, rabbitmq_url=url)
+        url = f"amqps://{login}@{host}:{tls_port}/%2F"
+        return replace(plain, rabbitmq_url=url)
 
-    return replace(production, rabbitmq_url=plain), make
+    return plain, make
 
 
 def test_a_broker_with_a_good_certificate_is_used(secure, run):
