@@ -44,7 +44,7 @@ from orders.broker import (
 from orders.handlers import HANDLERS
 
 CELERY = ["celery", "-A", "orders.tasks"]
-BURST = 400  # orders, many more than a worker prefetches
+BURST = 200  # orders, many more than a worker prefetches
 
 
 def worker_with(*options, code="", log="worker.log"):
