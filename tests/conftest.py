@@ -50,7 +50,6 @@ from pwdlib.hashers.argon2 import Argon2Hasher
 
 from orders import auth
 from orders.__main__ import ALEMBIC_INI
-from orders.api import create_app
 from orders.broker import QUEUE_ARGUMENTS
 from orders.settings import Settings
 
@@ -489,6 +488,9 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
     """Drive the app in this process, without a token."""
+    # Not before: what it says when it is imported would end pytest's output.
+    from orders.api import create_app
+
     with TestClient(create_app(settings)) as client:
         yield client
 
