@@ -546,11 +546,16 @@ def test_the_rights_on_the_page_are_enough(
         changed = ada.change(order_id, "PAID")
         servers.wait_until(lambda: ada.processed(order_id), 15)
         said = api.text() + worker.text()
+        with redis.Redis(port=stack.redis.port) as owner:
+            refused = owner.acl_log()
+            counted = owner.keys("LIMITER*")
         typed(blocks("sh", "Rights")[1], **stack.rabbitmq.env)
         answered = typed(INSPECT, **env)
 
     assert cached.headers["x-cache"] == "hit"
     assert changed.status_code == 200
+    assert refused == []
+    assert len(counted) == 1
     assert "pong" in answered
     # Of a worker that runs as root, which it should not, Celery warns.
     lines = re.findall(".* (?:WARNING|ERROR) .*", said)
