@@ -198,8 +198,12 @@ def normal_form(password: str) -> str:
 
 def is_password(password: str, hashed: str) -> bool:
     """Return whether a password belongs to a hash."""
-    # The first release hashed passwords as they came.
-    forms = {normal_form(password), password}
+    # The first release hashed passwords as they came. A form in a character
+    # set of the client's choice may hold what UTF-8 cannot: it is nobody's.
+    forms = {
+        form.encode(errors="surrogatepass")
+        for form in (normal_form(password), password)
+    }
     return any(passwords.verify(form, hashed) for form in forms)
 
 

@@ -137,6 +137,27 @@ def test_login_answers_a_bearer_token(client, ada):
     assert answer.headers["cache-control"] == "no-store"
 
 
+@pytest.mark.parametrize("field", ["username", "password"])
+@pytest.mark.parametrize("charset", ["unicode_escape", "utf-7", "utf-16"])
+def test_a_login_in_a_strange_character_set_is_refused(client, field, charset):
+    """A client names it; the text may be half of a character then."""
+    form = {"username": "ada@example.com", "password": PASSWORD}
+    form[field] = "\\ud800"
+    parts = [
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}'
+        for name, text in form.items()
+    ]
+    kind = f"multipart/form-data; boundary=x; charset={charset}"
+
+    answer = client.post(
+        "/token/",
+        content="\r\n".join([*parts, "--x--\r\n"]),
+        headers={"Content-Type": kind},
+    )
+
+    assert answer.status_code in (400, 401, 422)
+
+
 @pytest.mark.parametrize("username", ["ada@example.com", "x@y.zz", "\0", "no"])
 def test_a_failed_login_looks_the_same_for_everybody(client, ada, username):
     """Nobody learns who is registered."""
