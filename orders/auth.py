@@ -28,13 +28,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, SQLModel, select
 
 from orders.db import Database
-from orders.models import MAX_EMAIL, RequestBody, User, example
+from orders.models import MAX_EMAIL, MAX_USER_ID, RequestBody, User, example
 from orders.problems import RETRY_AFTER, Refusal, new_router
 from orders.settings import Settings
 
 MIN_PASSWORD, MAX_PASSWORD = 8, 128  # characters
 MAX_LOGINS = 32  # passwords that wait to be hashed: about a second's work
-MAX_USER_ID = 2**31 - 1  # of PostgreSQL's integer
 BEARER = {"WWW-Authenticate": "Bearer"}  # RFC 6750, section 3
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
 

@@ -31,6 +31,7 @@ from sqlmodel import Field, SQLModel, col
 from typing_extensions import TypedDict  # pydantic needs it before 3.12
 
 MAX_EMAIL = 254  # characters; RFC 5321, section 4.5.3.1.3
+MAX_USER_ID = 2**31 - 1  # of PostgreSQL's integer
 MAX_DEPTH = 20  # levels of lists and objects within an order
 
 # --- What the schemas share -------------------------------------------------

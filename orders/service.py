@@ -25,6 +25,7 @@ from orders.db import Batcher, Database
 from orders.events import BrokerState, Relay
 from orders.handlers import new_event
 from orders.models import (
+    MAX_USER_ID,
     STAFF_STATUSES,
     TRANSITIONS,
     Event,
@@ -132,6 +133,8 @@ class OrderService:
         `after` is the last order of the page before; raise Refusal if it is
         no order of the user.
         """
+        if not 0 < user_id <= MAX_USER_ID:
+            return [], None  # the database would refuse the number
         page = PAGE.where(col(Order.user_id) == user_id).limit(limit + 1)
         if status is not None:
             page = page.where(col(Order.status) == status)

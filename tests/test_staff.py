@@ -76,6 +76,15 @@ def test_staff_may_read_the_orders_of_any_user(people):
     assert other.call("GET", path).status_code == 403
 
 
+@pytest.mark.parametrize("user_id", [0, -1, 2**31, -(2**31) - 1, 2**63])
+def test_staff_find_no_orders_of_an_id_that_nobody_can_have(people, user_id):
+    """The database would refuse the number."""
+    staff, owner, _ = people
+
+    assert staff.call("GET", f"/orders/user/{user_id}").json() == []
+    assert owner.call("GET", f"/orders/user/{user_id}").status_code == 403
+
+
 def test_a_stale_version_is_refused_to_staff_too(people):
     """A member of staff has the rules of every change, but for the owner."""
     staff, owner, _ = people
