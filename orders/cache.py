@@ -235,6 +235,8 @@ class RedisCache:
         not trusted. If Redis refuses, this process trusts nothing until its
         keeper has written the tombstone.
         """
+        if not self._epoch:
+            return False  # the name of the key would lack the epoch
         key = self._key(order_id)
         try:
             await self._batcher.submit(("SET", key, "", "EX", TOMBSTONE_TTL))

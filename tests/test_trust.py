@@ -604,6 +604,26 @@ def test_without_the_database_a_fresh_keeper_trusts_nothing(production, stack):
     stepped(production, use)
 
 
+def test_a_change_is_not_told_under_the_name_of_no_server(production):
+    """The connection may be made in the moment of the change."""
+
+    async def use(bench):
+        shared = bench.cache()
+        await shared.write_tombstones([])
+        epoch, shared._epoch = shared._epoch, ""  # as between connections
+        order_id = uuid.uuid4()
+        change = asyncio.create_task(shared.invalidate(order_id))
+        await asyncio.sleep(0)
+        shared._epoch = epoch
+        assert not await change
+        assert await shared.invalidate(order_id)
+        with redis_client.Redis.from_url(production.redis_url) as client:
+            [key] = client.keys(f"*{order_id}")
+            assert epoch in key.decode()
+
+    stepped(production, use)
+
+
 def test_a_change_is_told_until_redis_took_it(private_redis):
     """By the next keeper that can; then its event is marked."""
     redis, settings = private_redis
