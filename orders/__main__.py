@@ -177,17 +177,16 @@ def dead(discard: bool) -> None:
     settings = load_settings(secret=False)
     if settings.rabbitmq_url is None:
         raise click.ClickException("RABBITMQ_URL is not set: no broker")
-    with (
-        connected(settings.database_url) as engine,
-        Session(engine) as session,
-    ):
-        session.connection()  # before a letter is discarded
+    with connected(settings.database_url) as engine:
+        engine.connect().close()  # before a letter is discarded
         try:
             letters = read_dead_letters(settings.rabbitmq_url, discard=discard)
         except ConnectionError as error:
             raise click.ClickException(f"RabbitMQ: {error}") from error
         for letter in letters:
-            event = letter.event_id and session.get(Event, letter.event_id)
+            # A session each, as the deadline is for one use of a connection.
+            with Session(engine) as session:
+                event = letter.event_id and session.get(Event, letter.event_id)
             reason = "malformed, or its order was pruned"
             if event:
                 state = "processed since" if event.processed_at else "waits"

@@ -1,8 +1,9 @@
 """The operator's tools: `uv run orders prune` and `uv run orders dead`."""
 
 import subprocess
+import time
 from datetime import timedelta
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -15,6 +16,7 @@ from sqlmodel import Session, func, select, update
 from test_faults import channel_to, due_message, poison, purged, ready_in
 from test_settings import run_to_its_end
 
+from orders import __main__ as cli
 from orders import handlers
 from orders.__main__ import main
 from orders.api import create_app
@@ -244,6 +246,30 @@ def test_dead_lists_what_workers_rejected(production, run, tool):
     assert "3 dead letters, discarded." in discarded
     assert left == 0
     assert "0 dead letters" in nothing
+
+
+def test_dead_may_take_longer_than_a_call_of_the_database(
+    production, tool, monkeypatch
+):
+    """Many letters come from far away; their list must not be lost."""
+    read = cli.read_dead_letters
+
+    def read_slowly(*arguments, **options):
+        letters = read(*arguments, **options)
+        time.sleep(1.5)
+        return letters
+
+    monkeypatch.setattr(cli, "WORKER_DEADLINE", 0.5)
+    monkeypatch.setattr(cli, "read_dead_letters", read_slowly)
+    properties, body = due_message(uuid4())
+    with channel_to(production) as channel:
+        purged(channel)
+        channel.basic_publish("", DEAD_LETTERS, body, properties)
+        servers.wait_until(lambda: ready_in(channel, DEAD_LETTERS) == 1, 5)
+        code, text = tool(production, "dead", "--discard")
+
+    assert code == 0, text
+    assert "1 dead letters, discarded." in text
 
 
 def test_dead_needs_a_broker(embedded, tool):
