@@ -102,6 +102,7 @@ def banner(settings: Settings) -> str:
     if ":" in host:
         host = f"[{host}]"  # RFC 3986, section 3.2.2
     url = f"http://{host}:{settings.app_port}"
+    cache = "in process" if settings.web_concurrency == 1 else "none"
     limit = "none"
     if settings.rate_limit:
         limit = f"{settings.rate_limit}; `RATE_LIMIT= uv run orders` lifts it"
@@ -109,7 +110,7 @@ def banner(settings: Settings) -> str:
   orders    {url}
   docs      {url}/docs
   database  {settings.database_url.split(":")[0]}
-  cache     {"redis" if settings.redis_url else "in process"}
+  cache     {"redis" if settings.redis_url else cache}
   events    {"rabbitmq, to Celery" if settings.rabbitmq_url else "in process"}
   limit     {limit}
 """

@@ -513,6 +513,18 @@ def test_the_banner_shows_an_address_that_a_browser_opens(load, host, address):
     )
 
 
+@pytest.mark.parametrize(
+    ("processes", "cache"), [("1", "in process"), ("2", "none")]
+)
+def test_the_banner_says_who_has_a_cache(load, processes, cache):
+    """Several processes have none without Redis."""
+    lines = banner(load(WEB_CONCURRENCY=processes)).splitlines()
+
+    assert [line.split(maxsplit=1) for line in lines if "cache" in line] == [
+        ["cache", cache]
+    ]
+
+
 def test_the_socket_of_postgresql_is_reached_by_its_folder(
     production, stack, load
 ):
