@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
-REPORT_INTERVAL = 10  # seconds without a failure; the next failure is logged
+REPORT_INTERVAL = 10  # seconds between two lines about one outage
 PROBES = ("/health", "/ready")  # asked every few seconds, and not logged
 FORMS: dict[str, logging.Formatter] = {
     "text": logging.Formatter(
@@ -68,30 +68,32 @@ def configure_logging(form: str) -> None:
 
 
 class Outage:
-    """Logs once that something is away, and once that it works again."""
+    """Logs once that something is away, and once that it works again.
+
+    What comes and goes is logged no more often than REPORT_INTERVAL allows.
+    """
 
     def __init__(self, module: str, what: str) -> None:
         """Log as `module`; each line begins with `what`."""
         self._logger = logging.getLogger(module)
         self._what = what
-        self._failing = False
-        self._report_at = 0.0  # of time.monotonic, when a failure is news
+        self._logged = ""  # what the last line says; empty: that all is well
+        self._next_at = 0.0  # of time.monotonic, when a failure may be logged
 
     def report(self, error: BaseException, *, fault: bool = False) -> None:
-        """Log a failure, unless another one came a moment ago.
+        """Log a failure, unless the last line says the same.
 
         A `fault` is an error of ours: its line has a traceback.
         """
-        is_news = time.monotonic() >= self._report_at
-        self._report_at = time.monotonic() + REPORT_INTERVAL
-        self._failing = True
-        if is_news:
+        line = "%s failed: %s" if fault else "%s is away: %s"
+        if line != self._logged and time.monotonic() >= self._next_at:
+            self._logged = line
+            self._next_at = time.monotonic() + REPORT_INTERVAL
             reason = str(error).split("\n")[0] or type(error).__name__
-            line = "%s failed: %s" if fault else "%s is away: %s"
             self._logger.warning(line, self._what, reason, exc_info=fault)
 
     def end(self) -> None:
-        """Log that it works again, if it failed."""
-        if self._failing:
-            self._failing = False
+        """Log that it works again, if a line says that it failed."""
+        if self._logged:
+            self._logged = ""
             self._logger.info("%s works again", self._what)

@@ -16,6 +16,7 @@ from orders.api import create_app
 from orders.auth import Accounts, UserCreate
 from orders.cache import MemoryCache, OrderView, RedisAway, RedisCache
 from orders.db import MAX_BATCH, Batcher, Database
+from orders.logs import Outage
 from orders.models import OrderCreate, OrderStatus
 from orders.service import OrderService
 
@@ -81,6 +82,55 @@ def test_a_missing_database_is_a_503(embedded, caplog):
     assert ready.json()["status"] == "unavailable"
     assert health.status_code == 200
     assert caplog.text.count("The database is away") == 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return a list whose last element is the time of the log."""
+    times = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: times[-1])
+    return times
+
+
+def test_each_line_of_an_outage_is_followed_by_one_of_its_end(clock, caplog):
+    """Although it comes and goes: a line each ten seconds, not each time."""
+    caplog.set_level("INFO")
+    outage = Outage("orders", "It")
+    for second in range(20):
+        clock.append(100.0 + second)
+        if second % 2:
+            outage.end()
+        else:
+            outage.report(ConnectionError("gone"))
+
+    assert caplog.messages == ["It is away: gone", "It works again"] * 2
+
+
+def test_an_outage_after_a_short_return_is_said(clock, caplog):
+    """The last line must not be that all is well."""
+    caplog.set_level("INFO")
+    outage = Outage("orders", "It")
+    outage.report(ConnectionError("gone"))
+    outage.end()
+    for second in range(1, 60):
+        clock.append(100.0 + second)
+        outage.report(ConnectionError("gone"))
+
+    away, back = "It is away: gone", "It works again"
+    assert caplog.messages == [away, back, away]
+
+
+def test_a_fault_after_an_outage_is_said(clock, caplog):
+    """What is away may come back, and then another thing be wrong."""
+    outage = Outage("orders", "It")
+    for second in range(20):
+        clock.append(100.0 + second)
+        outage.report(ConnectionError("gone"))
+    for second in range(20, 60):
+        clock.append(100.0 + second)
+        outage.report(ValueError("a bug"), fault=True)
+
+    assert caplog.messages == ["It is away: gone", "It failed: a bug"]
 
 
 def test_a_fault_of_the_database_tells_no_secret(embedded, tmp_path):
