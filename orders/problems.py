@@ -197,8 +197,11 @@ OUTAGES = (InterfaceError, OperationalError, TimeoutError)
 
 def is_outage(error: Exception) -> bool:
     """Return whether the database is away, or takes no writes."""
-    lost = isinstance(error, DBAPIError) and error.connection_invalidated
-    return isinstance(error, OUTAGES) or lost
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, OUTAGES)
+    if getattr(error.orig, "sqlite_errorname", None) == "SQLITE_ERROR":
+        return False  # a wrong statement; SQLite's driver has one class
+    return isinstance(error, OUTAGES) or error.connection_invalidated
 
 
 def is_unreachable(error: Exception) -> bool:

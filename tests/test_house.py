@@ -16,6 +16,7 @@ from alembic.script import ScriptDirectory
 from conftest import User, migrate
 from fastapi.testclient import TestClient
 from sqlalchemy import inspect, text
+from sqlalchemy.exc import DBAPIError
 
 import orders
 from orders.__main__ import ALEMBIC_INI
@@ -271,6 +272,15 @@ def test_an_aborted_migration_leaves_nothing(migrated, tmp_path):
 
     assert after == before
     assert described(migrated.database_url)[1] == [("next",)]
+
+
+def test_a_wrong_statement_of_a_migration_is_no_outage(migrated, tmp_path):
+    """Its author sees the traceback, and is not told to mend a URL."""
+    wrong = '    op.execute("UPDATE orders SET nowhere = 1")\n'
+    config = config_with(tmp_path, NEXT_MIGRATION + wrong)
+
+    with pytest.raises(DBAPIError, match="nowhere"):
+        command.upgrade(config, "next")
 
 
 def test_an_aborted_first_migration_can_be_tried_again(tmp_path, monkeypatch):
