@@ -173,11 +173,9 @@ async def answer_invalid(
         details.append({"type": fault["type"], "loc": place, "msg": message})
     is_login = request.url.path.endswith("/token/")
     wanted = "x-www-form-urlencoded" if is_login else "json"
-    sent = request.headers.get("content-type", "")
-    if (
-        error.errors()[0]["loc"][0] == "body"
-        and f"application/{wanted}" not in sent
-    ):
+    sent = request.headers.get("content-type", "").lower()
+    is_good = ("form" if is_login else "json") in sent
+    if error.errors()[0]["loc"][0] == "body" and not is_good:
         details.insert(
             0,
             {

@@ -383,6 +383,21 @@ def test_a_missing_content_type_is_named(client, ada):
         assert PASSWORD not in answer.text
 
 
+@pytest.mark.parametrize(
+    "kind", ["Application/JSON", "application/vnd.api+json; charset=utf-8"]
+)
+def test_a_good_content_type_is_not_blamed(ada, kind):
+    """However it is written; what is wrong stands in the body."""
+    body = json.dumps({"items": [{**ITEMS[0], "quantity": 0}]})
+
+    answer = ada.call(
+        "POST", "/orders/", content=body, headers={"Content-Type": kind}
+    )
+
+    [fault] = is_problem(answer, "invalid")["detail"]
+    assert fault["loc"][-1] == "quantity"
+
+
 def test_a_500_can_be_reported_and_read(settings, monkeypatch, caplog):
     """It has the id that is in the log, and a browser may read it."""
     app = create_app(settings)
