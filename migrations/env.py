@@ -18,9 +18,9 @@ def migrate(connection: Connection) -> None:
     """Run what is missing, all of it or nothing."""
     is_sqlite = connection.dialect.name == "sqlite"
     if is_sqlite:
-        # SQLite changes a table by making it anew: events refer to orders.
+        # SQLite makes a changed table anew, which foreign keys would forbid.
         connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
-        # Its driver begins no transaction for a CREATE TABLE.
+        # SQLite's driver begins no transaction for a CREATE TABLE.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:
         check_encoding(connection)

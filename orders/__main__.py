@@ -119,7 +119,7 @@ def banner(settings: Settings) -> str:
 # --- The operator's tools ---------------------------------------------------
 
 ALL = 2**16  # the length of a progress bar: the first bits of an order's id
-AGAIN = "The outbox delivers orders that wait again by itself."
+AGAIN = "The outbox delivers waiting orders again, by itself."
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def prune(older_than: timedelta, dry_run: bool) -> None:
 @main.command()
 @click.option("--discard", is_flag=True, help="Empty the queue, too.")
 def dead(discard: bool) -> None:
-    """List the messages that workers rejected, and why, by UTC."""
+    """List the messages that workers rejected: when (UTC), and why."""
     settings = load_settings(secret=False)
     if settings.rabbitmq_url is None:
         raise click.ClickException("RABBITMQ_URL is not set: no broker")

@@ -33,7 +33,7 @@ from orders.problems import RETRY_AFTER, Refusal, new_router
 from orders.settings import Settings
 
 MIN_PASSWORD, MAX_PASSWORD = 8, 128  # characters
-MAX_LOGINS = 32  # passwords that wait to be hashed: about a second's work
+MAX_LOGINS = 32  # passwords that are hashed, or wait: a second's work
 BEARER = {"WWW-Authenticate": "Bearer"}  # RFC 6750, section 3
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
 

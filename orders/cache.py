@@ -279,11 +279,11 @@ class RedisCache:
 
     @property
     def was_trusted(self) -> bool:
-        """Return whether the trust has begun, if only to run out since."""
+        """Return whether the cache was trusted since it was last lost."""
         return self._trusted_from > NEVER
 
     async def execute(self, *command: str | bytes | int) -> Reply:
-        """Return the answer; None if Redis is not trusted, or not well."""
+        """Return the answer; None if Redis is untrusted, away, or refuses."""
         try:
             if self.trusted:
                 return await self._batcher.submit(command)

@@ -55,8 +55,8 @@ class Database:
         self._is_sqlite = url.get_backend_name() == "sqlite"
         if self._is_sqlite:
             url = url.set(drivername="sqlite+aiosqlite")
-        # BEGIN and COMMIT would be two more round trips for one statement.
         options = engine_options(url, API_DEADLINE)
+        # AUTOCOMMIT saves one statement the round trips of BEGIN and COMMIT.
         self.engine = create_async_engine(
             url, **(options | {"isolation_level": "AUTOCOMMIT"})
         )
@@ -110,7 +110,7 @@ def engine_options(url: sa.URL, deadline: float | None) -> dict[str, Any]:
     """Return the options of an engine, as SQLAlchemy names them."""
     options: dict[str, Any] = {
         "hide_parameters": True,
-        "json_deserializer": from_json,  # reads a page's orders in a third
+        "json_deserializer": from_json,  # takes a third of json's time
     }
     options["pool_timeout"] = POOL_TIMEOUT
     if url.get_backend_name() == "sqlite":
@@ -131,7 +131,7 @@ def engine_options(url: sa.URL, deadline: float | None) -> dict[str, Any]:
             "keepalives_count": 3,
         }
     return options | {
-        # A stricter default would refuse the transactions of two relays.
+        # A stricter default of the database would let one of two relays fail.
         "isolation_level": "READ COMMITTED",
         "pool_size": POOL_SIZE,
         "max_overflow": 0,
@@ -207,8 +207,8 @@ def _create_private_file(
 ) -> None:
     """Create SQLite's file for this user alone: it has password hashes."""
     # Only an absent file is opened here, by one thread at a time. To close a
-    # descriptor of a file that SQLite has open would drop the locks of this
-    # process, and another process could then remove what is not yet merged.
+    # file that SQLite has open would drop the locks of this process, and
+    # another process could then delete what SQLite has not merged yet.
     with _creating_a_file, suppress(OSError):  # SQLite will name the reason
         os.close(os.open(arguments[0], os.O_CREAT | os.O_EXCL, 0o600))
 

@@ -148,8 +148,8 @@ class NoStoreMiddleware(HttpMiddleware):
 
 # --- Limits -----------------------------------------------------------------
 
-# Count a call in the window of each limit. A key gets its end when it is new,
-# and also when it has none: otherwise it would refuse its client for ever.
+# Count a call in the window of each limit. Any key without an expiry gets one,
+# new or not: without an expiry the key would refuse its client for ever.
 COUNT = """
 local counted = {}
 for i, key in ipairs(KEYS) do

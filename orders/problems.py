@@ -65,7 +65,7 @@ REFUSALS = {
     "unknown-cursor": Kind(422, "None of your orders: begin at page one"),
     "invalid": Kind(422, "Correct what `detail` names"),
     "too-many-calls": Kind(429, "Wait as long as `Retry-After` says"),
-    "overloaded": Kind(503, "Too many log in at once: try again in a moment"),
+    "overloaded": Kind(503, "Too many passwords at once: wait a moment"),
     "database-away": Kind(503, "Try again, a create with an Idempotency-Key"),
 }
 
@@ -145,7 +145,7 @@ async def answer_http(request: Request, error: HTTPException) -> Response:
 def allowed_methods(request: Request) -> set[str]:
     """Return the methods of an address (RFC 9110, section 15.5.6).
 
-    The framework names those of one route, and an address may have two.
+    Starlette names the methods of one route; an address may have two routes.
     """
     methods = {
         method

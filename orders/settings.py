@@ -163,8 +163,8 @@ def check_postgresql_url(text: str) -> None:
     for name in parameters:
         if name.startswith(("connect_", "keepalives", "tcp_")):
             int(parameters[name])
-    # libpq checks the other values first, and then names this folder, in
-    # which it finds no server. A socket cannot have GSSAPI.
+    # libpq checks the other values before it looks for a socket below
+    # os.devnull, which its error then names. A socket cannot have GSSAPI.
     parameters |= {"host": os.devnull, "hostaddr": "", "port": "1"}
     attempt = make_conninfo(**(parameters | {"gssencmode": "disable"}))
     connection = pq.PGconn.connect_start(attempt.encode())
@@ -231,7 +231,7 @@ def check_origins(text: str) -> str:
 
 
 def check_proxies(text: str) -> str:
-    """Return proxies; uvicorn would take others for names of clients."""
+    """Return proxies, all of them addresses; uvicorn takes any text."""
     for proxy in text.split(","):
         if proxy.strip() and text != "*":
             ip_network(proxy.strip())
@@ -288,7 +288,7 @@ class Settings(BaseSettings):
     @classmethod
     def _drop_empty(cls, values: dict[str, object]) -> dict[str, object]:
         """Let an empty value count as unset, but not that of RATE_LIMIT."""
-        # The option `env_ignore_empty` knows no exception.
+        # The option `env_ignore_empty` would drop RATE_LIMIT, too.
         return {
             name: value
             for name, value in values.items()

@@ -2,9 +2,9 @@
 
 `embedded` needs nothing. `production` runs on private PostgreSQL, Redis and
 RabbitMQ, started once by each of the processes that share the tests out; it is
-skipped where they are not installed. What harms processes for seconds is
-marked `fault`, and what keeps a core busy for as long `long`: both run when
-they are named, or with `--all`.
+skipped where they are not installed. A test that harms processes for seconds
+is marked `fault`, and a test that keeps a core busy for seconds `long`: both
+run when they are named, or with `--all`.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from alembic.config import Config
 os.environ["JWT_SECRET_KEY"] = "0123456789abcdef" * 4
 for name in ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL", "RATE_LIMIT"):
     os.environ.pop(name, None)
-# Or each process, those that tests start too, would compile all modules again.
+# Without bytecode each process would compile all modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 os.environ["PYTEST_ADDOPTS"] = "-n 0"  # of the runs that a test starts
@@ -63,7 +63,7 @@ QUICK = "not fault and not long"
 ITEMS = [{"name": "tea", "quantity": 3, "price": 0.1}]
 
 
-# Tests of these run one after the other, for they share what is dear to make.
+# Fixtures that are dear to make: the tests that share one run in turn.
 SHARED = ("frail_rabbitmq", "reader", "server")
 # The modules in which a test that runs processes harms them, or waits long.
 FAULTS = {"faults", "store_faults", "trust", "outages", "loads", "tasks"}
@@ -437,7 +437,7 @@ def run(
 
         def start(factory, settings, **env):
             env = environment(settings) | env
-            if fault and factory is servers.api:  # others cover all of it
+            if fault and factory is servers.api:  # other tests cover it
                 env[servers.COVERAGE] = ""
             server = factory(tmp_path, env)
             return stack.enter_context(servers.running(server))
@@ -488,7 +488,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
     """Drive the app in this process, without a token."""
-    # Not before: what it says when it is imported would end pytest's output.
+    # Late: what the module logs when it is imported would end the output.
     from orders.api import create_app
 
     with TestClient(create_app(settings)) as client:

@@ -1,9 +1,9 @@
 """What the tests of faults share: a journal, and clients that go on calling.
 
-A journal keeps the orders that were answered with 201. At rest each of them
-is in the events table and processed, and the logs of all processes together
-say so once. A proxy makes a server slow, cuts connections to it, or swallows
-what they carry.
+A journal keeps the orders that were answered with 201. When nothing is left to
+do, each of these orders has a processed event, and the logs of all processes
+together say once that it was processed. A proxy makes a server slow, cuts
+connections to it, or swallows what they carry.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ class Journal:
         return rows
 
     def deliveries(self):
-        """Return how often each new order was delivered, at the mean."""
+        """Return how often each new order was delivered, on average."""
         rows = self.query(
             "SELECT sum(attempts), count(*) FROM events"
             " WHERE kind = 'new_order'"
@@ -166,9 +166,9 @@ def user_of(client):
 class Proxy(socketserver.ThreadingTCPServer):
     """Forwards connections to a port, and harms them as it is told.
 
-    Each reply comes `delay` seconds late. `cut` is asked with each piece of
-    data, and `swallow` too: what they find true ends the connection there, or
-    makes it silent in both directions, and open for ever.
+    Each reply comes `delay` seconds late. `cut` and `swallow` are called with
+    each piece of data. If `cut` returns true, the connection ends. If
+    `swallow` does, it stays open, but is silent in both directions.
     """
 
     daemon_threads = False  # the end waits for them
@@ -183,7 +183,7 @@ class Proxy(socketserver.ThreadingTCPServer):
         self.port = self.server_address[1]
 
     def hold(self, *, new=False):
-        """Hold back what the present connections carry, or new ones, too."""
+        """Hold back what present connections carry; with `new`, later ones."""
         self.holds = new
         for connection in list(self.connections):
             connection.flows.clear()
@@ -195,7 +195,7 @@ class Proxy(socketserver.ThreadingTCPServer):
             connection.flows.set()
 
     def swallow_present(self):
-        """Swallow what the present connections carry; new ones work."""
+        """Swallow what the present connections carry; return their number."""
         present = set(self.connections)
         self.swallow = lambda connection, data: connection in present
         return len(present)

@@ -30,7 +30,7 @@ PGBOUNCER = shutil.which("pgbouncer") or shutil.which(
     "pgbouncer", path="/usr/sbin"
 )
 PYTHON = Path(sys.executable).parent
-PORTS = range(12_000, 32_000)  # below those that systems give away
+PORTS = range(12_000, 32_000)  # below those that a system gives away by itself
 MEMORY = "/dev/shm"
 MIN_MEMORY = 6 * 1024**3  # bytes; the environments of readers are the most
 
@@ -71,7 +71,7 @@ def missing() -> list[str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, and nobody else is given.
+    """Return a port that nobody listens on, and give it to nobody else.
 
     A UDP socket of that number claims it until this process ends, so that
     test runs beside each other draw different ones. The system itself draws
@@ -261,7 +261,7 @@ def postgres(folder: Path, files: Path | None = None) -> Server:
     assert binaries is not None
     user = "postgres" if os.geteuid() == 0 else None
     port = free_port()
-    # Another user's than pytest's folders, which each run makes private.
+    # Not in pytest's folders, which are private: PostgreSQL has its own user.
     data = Path(tempfile.mkdtemp(prefix="orders-postgres-"))
     if user:
         shutil.chown(data, user)
@@ -283,11 +283,11 @@ def postgres(folder: Path, files: Path | None = None) -> Server:
             binaries / "postgres",
             *("-D", data, "-p", port, "-k", data, "-h", "127.0.0.1"),
             *("-c", "max_connections=200"),
-            # A process that is killed loses nothing thereby: a machine would.
+            # Only a crash of the machine could lose data, no killed process.
             *("-c", "fsync=off", "-c", "full_page_writes=off"),
-            # It would go round the hundreds of databases of the tests.
+            # Autovacuum would visit the hundreds of databases of the tests.
             *("-c", "autovacuum=off"),
-            # Its files end with its folder, after a kill, too.
+            # Shared memory is then files of the folder, gone with it.
             *("-c", "dynamic_shared_memory_type=mmap"),
         ],
         port=port,

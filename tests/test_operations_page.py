@@ -512,7 +512,7 @@ def least(production, stack, typed):
     yield replace(
         production,
         database_url=f"postgresql://{login}:{stack.postgres.port}/{name}",
-        redis_url=f"redis://{login}:{stack.redis.port}/0",
+        redis_url=f"redis://{login}:{stack.redis.port}/1",
         rabbitmq_url=f"amqp://{login}:{stack.rabbitmq.port}/%2F",
     )
     servers.rabbitmqctl(stack.rabbitmq, "delete_user", "orders_app")
@@ -546,7 +546,7 @@ def test_the_rights_on_the_page_are_enough(
         changed = ada.change(order_id, "PAID")
         servers.wait_until(lambda: ada.processed(order_id), 15)
         said = api.text() + worker.text()
-        with redis.Redis(port=stack.redis.port) as owner:
+        with redis.Redis(port=stack.redis.port, db=1) as owner:
             refused = owner.acl_log()
             counted = owner.keys("LIMITER*")
         typed(blocks("sh", "Rights")[1], **stack.rabbitmq.env)
