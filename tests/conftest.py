@@ -101,7 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes share the tests: many of them wait."""
-    return 3 * (os.cpu_count() or 1)
+    return 2 * (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(tryfirst=True)
